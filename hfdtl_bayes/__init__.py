@@ -1,0 +1,1 @@
+"""Bayesian hierarchical calibration of LLM serving latency."""

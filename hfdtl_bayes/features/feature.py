@@ -1,0 +1,261 @@
+"""What a feature and a feature set are: names, units, levels, formulas, and the prior of each coefficient.
+
+A feature set is a specification only. It knows nothing of PyMC; the rooms above turn it into a design
+matrix, sufficient statistics and a model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from hfdtl_bayes.configuration import ServingConfiguration
+from hfdtl_bayes.errors import InputError
+
+Quantity = Literal["step_time", "queue_delay", "api_delay"]
+QUANTITIES: tuple[Quantity, ...] = ("step_time", "queue_delay", "api_delay")
+
+FloatArray = NDArray[np.float64]
+
+# 5 % and 95 % points of a standard normal: a range that is to hold 90 % of the mass is this many sds wide.
+_Z90 = 1.6448536269514722
+
+
+class Level(StrEnum):
+    """The level of the hierarchy at which a coefficient lives."""
+
+    BASE = "base"
+    """Shared slope with a partially pooled deviation per configuration."""
+
+    CONFIG = "config"
+    """Shared coefficient of a quantity that is constant within a configuration."""
+
+    RESIDUAL = "residual"
+    """Shared mean and per-configuration group effect; the first residual feature is the constant 1."""
+
+
+@dataclass(frozen=True)
+class PriorRange:
+    """A prior elicited as a range: 90 % of the coefficient lies between `low` and `high`.
+
+    Both bounds are in the unit of the coefficient divided by the feature's `reference`, so a range of (0, 2)
+    on a feature whose reference is 1 ms reads "between 0 and 2 ms".
+    """
+
+    low: float
+    high: float
+
+    def __post_init__(self) -> None:
+        """Refuse an empty or non-finite range.
+
+        Raises
+        ------
+        InputError
+            If a bound is not finite or `low >= high`.
+        """
+        if not (np.isfinite(self.low) and np.isfinite(self.high) and self.low < self.high):
+            raise InputError(
+                f"prior range ({self.low}, {self.high}) is not a range; give two finite numbers, the lower one first"
+            )
+
+    @property
+    def mean(self) -> float:
+        """Mean of the normal prior: the middle of the range."""
+        return 0.5 * (self.low + self.high)
+
+    @property
+    def sd(self) -> float:
+        """Standard deviation of the normal prior whose central 90 % is the range."""
+        return (self.high - self.low) / (2 * _Z90)
+
+
+@dataclass(frozen=True)
+class Feature:
+    """One column of the design: a name, a unit, a level, a formula, and what is believed of its coefficient.
+
+    Parameters
+    ----------
+    name : str
+        Unique within the feature set.
+    level : Level
+    unit : str
+        Unit of the column. The coefficient is in seconds per that unit (dimensionless where the unit is "s").
+    formula : str
+        The formula in plain text, over trace columns and configuration fields.
+    columns : tuple of str
+        Trace columns the formula reads; empty for config features.
+    compute : callable
+        ``compute(frame, configuration) -> array (n,)`` for base and residual features, and
+        ``compute(None, configuration) -> float`` for config features.
+    prior : PriorRange
+        Prior of the population coefficient, in multiples of `reference`.
+    reference : float
+        A physical size of the coefficient, in its own unit: the scale on which the prior, the group deviations
+        and the numerics live. A constant, never computed from data.
+    """
+
+    name: str
+    level: Level
+    unit: str
+    formula: str
+    compute: Callable[[pd.DataFrame | None, ServingConfiguration], FloatArray | float]
+    prior: PriorRange
+    columns: tuple[str, ...] = ()
+    reference: float = 1.0
+
+    @property
+    def coefficient_unit(self) -> str:
+        """Unit of the coefficient: seconds per unit of the column."""
+        return "1" if self.unit == "s" else ("s" if self.unit == "1" else f"s/{self.unit}")
+
+    def prior_sentence(self) -> str:
+        """Return the prior as a sentence a planner can agree or disagree with."""
+        low, high = self.prior.low * self.reference, self.prior.high * self.reference
+        unit = "" if self.coefficient_unit == "1" else f" {self.coefficient_unit}"
+        return f"90 % of the population coefficient of {self.name} lies between {low:.3g} and {high:.3g}{unit}"
+
+
+@dataclass(frozen=True)
+class FeatureSet:
+    """A named list of features for one quantity.
+
+    Parameters
+    ----------
+    name : str
+    quantity : {"step_time", "queue_delay", "api_delay"}
+    features : tuple of Feature
+        At least the constant residual feature, named ``constant``; names unique.
+    noise_floor : callable
+        ``noise_floor(configuration) -> float``: the smallest mean, in seconds, that errors are taken relative to.
+        A step cannot be faster than its weights are read; a queue delay is not known better than one step.
+    """
+
+    name: str
+    quantity: Quantity
+    features: tuple[Feature, ...]
+    noise_floor: Callable[[ServingConfiguration], float]
+    description: str = ""
+    _by_name: Mapping[str, Feature] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        """Check names and the constant.
+
+        Raises
+        ------
+        InputError
+            If names repeat, or the first residual feature is not called ``constant``.
+        """
+        names = [f.name for f in self.features]
+        repeated = sorted({n for n in names if names.count(n) > 1})
+        if repeated:
+            raise InputError(f"feature set {self.name!r}: names must be unique, repeated: {', '.join(repeated)}")
+        if not self.residual or self.residual[0].name != "constant":
+            raise InputError(f"feature set {self.name!r}: the first residual feature must be named 'constant'")
+        object.__setattr__(self, "_by_name", {f.name: f for f in self.features})
+
+    @property
+    def base(self) -> tuple[Feature, ...]:
+        """Base features, in order."""
+        return tuple(f for f in self.features if f.level is Level.BASE)
+
+    @property
+    def config(self) -> tuple[Feature, ...]:
+        """Config features, in order."""
+        return tuple(f for f in self.features if f.level is Level.CONFIG)
+
+    @property
+    def residual(self) -> tuple[Feature, ...]:
+        """Residual features, in order; the first is the constant."""
+        return tuple(f for f in self.features if f.level is Level.RESIDUAL)
+
+    @property
+    def varying(self) -> tuple[Feature, ...]:
+        """Base and residual features: the columns that vary by row, in the order of the `coef` dimension."""
+        return self.base + self.residual
+
+    @property
+    def coef_names(self) -> tuple[str, ...]:
+        """Names of the `coef` dimension."""
+        return tuple(f.name for f in self.varying)
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Trace columns the set reads."""
+        return tuple(dict.fromkeys(c for f in self.features for c in f.columns))
+
+    def __getitem__(self, name: str) -> Feature:
+        """Return the feature called `name`."""
+        return self._by_name[name]
+
+    @property
+    def references(self) -> FloatArray:
+        """References of the `coef` features, shape (K,)."""
+        return np.array([f.reference for f in self.varying])
+
+    def design(self, frame: pd.DataFrame, configuration: ServingConfiguration) -> FloatArray:
+        """Build the design matrix in reference units.
+
+        Column k is feature k times its `reference`, so that coefficients are of order one and the product
+        is in seconds.
+
+        Parameters
+        ----------
+        frame : DataFrame, n rows
+            Trace rows holding at least `columns`.
+        configuration : ServingConfiguration
+
+        Returns
+        -------
+        ndarray, shape (n, K)
+            Seconds per unit coefficient.
+
+        Raises
+        ------
+        InputError
+            If a trace column is missing or a feature is not finite somewhere; both are named.
+        """
+        missing = [c for c in self.columns if c not in frame.columns]
+        if missing:
+            raise InputError(
+                f"feature set {self.name!r} ({self.quantity}) needs the column(s) {', '.join(missing)}; found "
+                f"{', '.join(map(str, frame.columns))}. Add them, or choose a feature set that does without"
+            )
+        design = np.empty((len(frame), len(self.varying)))
+        for k, feature in enumerate(self.varying):
+            column = np.asarray(feature.compute(frame, configuration), dtype=float)
+            if not np.isfinite(column).all():
+                row = int(np.flatnonzero(~np.isfinite(column))[0])
+                raise InputError(
+                    f"feature {feature.name!r} of {configuration.config_id!r} is not finite at row {row}: "
+                    f"{feature.formula}; check the columns {', '.join(feature.columns)} of that row"
+                )
+            design[:, k] = column * feature.reference
+        return design
+
+    def config_row(self, configuration: ServingConfiguration) -> FloatArray:
+        """Return the config features of one configuration in reference units, shape (G,), in seconds per unit coefficient.
+
+        Raises
+        ------
+        InputError
+            If one is not finite.
+        """
+        row = np.array([float(f.compute(None, configuration)) * f.reference for f in self.config], dtype=float)
+        if not np.isfinite(row).all():
+            bad = self.config[int(np.flatnonzero(~np.isfinite(row))[0])]
+            raise InputError(f"config feature {bad.name!r} of {configuration.config_id!r} is not finite: {bad.formula}")
+        return row
+
+    def units(self) -> dict[str, str]:
+        """Return the coefficient unit of every feature, by name."""
+        return {f.name: f.coefficient_unit for f in self.features}
+
+    def prior_sentences(self) -> tuple[str, ...]:
+        """Return every population prior as a sentence."""
+        return tuple(f.prior_sentence() for f in self.features)

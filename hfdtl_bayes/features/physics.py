@@ -1,0 +1,292 @@
+"""Formulas of the work in one engine step, in seconds at the hardware's peak figures.
+
+Every function returns the time the work would take on one GPU at peak FLOP/s or peak memory bandwidth, after the
+work has been divided by tensor parallelism. The coefficients fitted on top are therefore dimensionless
+"times the ideal" factors: an efficiency of 80 % shows as 1.25.
+
+The roofline is that of Williams, Waterman & Patterson (2009), doi:10.1145/1498765.1498785.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from hfdtl_bayes.configuration import ServingConfiguration
+
+FloatArray = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class RooflineSettings:
+    """Fixed shapes of the roofline features; each is a choice with its reason.
+
+    The values were chosen on measured kernels of A100, H100, H200, L40S and B200 and are not fitted per user:
+    they decide where the bend between memory-bound and compute-bound lies, the fitted coefficients decide how
+    long each side takes.
+    """
+
+    compute_efficiency: float = 0.75
+    """Share of peak FLOP/s a large dense GEMM reaches: places the bend."""
+    memory_efficiency: float = 0.8
+    """Share of peak bandwidth weight streaming reaches: places the bend."""
+    expert_compute_efficiency: float = 0.5
+    """The same for grouped expert GEMMs, which reach less."""
+    sharpness: float = 4.0
+    """Exponent p of the smooth maximum (a^p + b^p)^(1/p): a hard maximum is too sharp near the bend."""
+    gemm_tile_rows: int = 64
+    """Tokens are padded to whole tiles of this many rows."""
+    expert_tile_rows: int = 64
+    """Tokens of each expert are padded to whole tiles of this many rows."""
+    routing_skew: float = 0.8
+    """Zipf exponent of expert popularity. Routing is not uniform, so fewer distinct experts are hit than a
+    uniform draw would give; 0 is uniform."""
+
+
+SETTINGS = RooflineSettings()
+
+
+def peak_flops(configuration: ServingConfiguration) -> float:
+    """Peak FLOP/s of one GPU at the precision of the weights."""
+    hardware = configuration.hardware
+    fp8 = hardware.peak_flops_fp8
+    return float(fp8 if fp8 and configuration.llm.weight_bytes_per_param <= 1 else hardware.peak_flops)
+
+
+def _column(frame: pd.DataFrame, name: str) -> FloatArray:
+    return frame[name].to_numpy(dtype=float)
+
+
+def batch_tokens(frame: pd.DataFrame) -> FloatArray:
+    """Tokens computed in the step, shape (n,)."""
+    return _column(frame, "prefill_tokens") + _column(frame, "decode_tokens")
+
+
+def batch_requests(frame: pd.DataFrame) -> FloatArray:
+    """Requests scheduled in the step, shape (n,)."""
+    return _column(frame, "prefill_requests") + _column(frame, "decode_requests")
+
+
+@dataclass(frozen=True)
+class Gemm:
+    """A dense matrix product of one step on one GPU: `count` times (tokens, inner) by (inner, outer)."""
+
+    count: int
+    inner: float
+    outer: float
+    per_request: bool = False
+    """True for the output head, which runs once per request and not once per token."""
+
+
+def dense_gemms(configuration: ServingConfiguration) -> tuple[Gemm, ...]:
+    """List the dense GEMMs of one step, each divided by tensor parallelism.
+
+    Per layer: the QKV projection, the output projection, gate+up and down of a dense (or shared-expert) FFN; once:
+    the output head. KV heads are replicated, not divided, when there are fewer of them than GPUs.
+    """
+    llm, tp = configuration.llm, configuration.engine.tensor_parallel
+    kv_heads = max(llm.num_key_value_heads / tp, 1.0)
+    heads = llm.num_attention_heads / tp
+    gemms = [
+        Gemm(llm.num_layers, llm.hidden_size, (heads + 2 * kv_heads) * llm.head_dim),
+        Gemm(llm.num_layers, heads * llm.head_dim, llm.hidden_size),
+    ]
+    if llm.num_dense_layers:
+        gemms.append(Gemm(llm.num_dense_layers, llm.hidden_size, 2 * llm.intermediate_size / tp))
+        gemms.append(Gemm(llm.num_dense_layers, llm.intermediate_size / tp, llm.hidden_size))
+    if llm.num_moe_layers and llm.shared_expert_intermediate_size:
+        width = llm.shared_expert_intermediate_size / tp
+        gemms.append(Gemm(llm.num_moe_layers, llm.hidden_size, 2 * width))
+        gemms.append(Gemm(llm.num_moe_layers, width, llm.hidden_size))
+    gemms.append(Gemm(1, llm.hidden_size, llm.vocab_size / tp, per_request=True))
+    return tuple(gemms)
+
+
+def weight_read_s(configuration: ServingConfiguration) -> float:
+    """Time to read the weights that every step reads, on one GPU, at peak bandwidth: attention, dense and shared FFN, head.
+
+    sum over GEMMs of count * inner * outer * weight_bytes_per_param / memory_bandwidth.
+    """
+    parameters = sum(g.count * g.inner * g.outer for g in dense_gemms(configuration))
+    return parameters * configuration.llm.weight_bytes_per_param / configuration.hardware.memory_bandwidth
+
+
+def gemm_s(frame: pd.DataFrame, configuration: ServingConfiguration) -> FloatArray:
+    """Dense GEMM time at peak FLOP/s: sum of 2 * rows * inner * outer * count / peak_flops, shape (n,)."""
+    tokens, requests = batch_tokens(frame), batch_requests(frame)
+    flops = np.zeros(len(frame))
+    for g in dense_gemms(configuration):
+        flops += 2.0 * g.count * g.inner * g.outer * (requests if g.per_request else tokens)
+    return flops / peak_flops(configuration)
+
+
+def smooth_max(a: FloatArray, b: FloatArray | float, sharpness: float) -> FloatArray:
+    """Smooth maximum (a^p + b^p)^(1/p) of non-negative arrays, p = `sharpness`."""
+    return (a**sharpness + b**sharpness) ** (1.0 / sharpness)
+
+
+def _padded(rows: FloatArray, tile: int) -> FloatArray:
+    return np.ceil(rows / tile) * tile
+
+
+def gemm_excess_s(
+    frame: pd.DataFrame, configuration: ServingConfiguration, settings: RooflineSettings = SETTINGS
+) -> FloatArray:
+    """Dense GEMM time beyond the reading of the weights, in ideal compute seconds, shape (n,).
+
+    For each GEMM: e_c * (smoothmax(F / (e_c P), M / (e_m W)) - M_w / (e_m W)), with F the FLOPs of the rows padded to
+    whole tiles, M the bytes of weights and activations, M_w those of the weights alone. It is near zero while a step
+    is memory-bound and grows like F / P once it is compute-bound, which is how max(compute, memory) enters a model
+    that stays linear in its coefficients.
+    """
+    llm, hardware = configuration.llm, configuration.hardware
+    peak, width = peak_flops(configuration), hardware.memory_bandwidth
+    tokens, requests = batch_tokens(frame), batch_requests(frame)
+    excess = np.zeros(len(frame))
+    for g in dense_gemms(configuration):
+        rows = requests if g.per_request else tokens
+        compute = 2.0 * _padded(rows, settings.gemm_tile_rows) * g.inner * g.outer / peak / settings.compute_efficiency
+        weights = g.inner * g.outer * llm.weight_bytes_per_param / width / settings.memory_efficiency
+        activations = rows * (g.inner + g.outer) * 2.0 / width / settings.memory_efficiency
+        excess += g.count * (smooth_max(compute, weights + activations, settings.sharpness) - weights)
+    return excess * settings.compute_efficiency
+
+
+@cache
+def expert_inclusion_probability(num_experts: int, experts_per_token: int, skew: float) -> tuple[float, ...]:
+    """Probability that one token is routed to each expert, under Zipf popularity with k distinct draws.
+
+    Uses q_e = 1 - exp(-lambda * p_e), with p_e proportional to rank^-skew and lambda such that sum q_e = k: the
+    Poissonised form of sampling k experts without replacement.
+    """
+    ranks = np.arange(1, num_experts + 1, dtype=float)
+    popularity = ranks**-skew / np.sum(ranks**-skew)
+    if experts_per_token >= num_experts:
+        return tuple(np.ones(num_experts))
+    low, high = 0.0, 1.0
+    while np.sum(1 - np.exp(-high * popularity)) < experts_per_token:
+        high *= 2
+    for _ in range(100):
+        middle = 0.5 * (low + high)
+        low, high = (
+            (middle, high) if np.sum(1 - np.exp(-middle * popularity)) < experts_per_token else (low, middle)
+        )
+    return tuple(1 - np.exp(-high * popularity))
+
+
+def distinct_experts(tokens: FloatArray, configuration: ServingConfiguration, skew: float) -> FloatArray:
+    """Expected number of distinct routed experts hit by `tokens` tokens in one layer, shape (n,).
+
+    sum over experts of 1 - (1 - q_e)^tokens, with q_e from `expert_inclusion_probability`.
+    """
+    llm = configuration.llm
+    q = np.array(expert_inclusion_probability(llm.num_experts, llm.num_experts_per_token, skew))
+    unique, inverse = np.unique(tokens, return_inverse=True)
+    return np.asarray((1.0 - (1.0 - q)[None, :] ** unique[:, None]).sum(axis=1)[inverse])
+
+
+def expert_weight_read_s(
+    frame: pd.DataFrame, configuration: ServingConfiguration, settings: RooflineSettings = SETTINGS
+) -> FloatArray:
+    """Time to read the routed experts a step hits, at peak bandwidth, shape (n,); zero for a dense model."""
+    llm = configuration.llm
+    if not llm.num_moe_layers:
+        return np.zeros(len(frame))
+    hit = distinct_experts(batch_tokens(frame), configuration, settings.routing_skew)
+    size = llm.num_moe_layers * llm.expert_params * llm.weight_bytes_per_param
+    return hit * size / configuration.engine.tensor_parallel / configuration.hardware.memory_bandwidth
+
+
+def expert_gemm_s(frame: pd.DataFrame, configuration: ServingConfiguration) -> FloatArray:
+    """Routed-expert GEMM time at peak FLOP/s: 2 * k * tokens * expert_params * MoE layers / (tp * peak), shape (n,)."""
+    llm = configuration.llm
+    if not llm.num_moe_layers:
+        return np.zeros(len(frame))
+    flops = 2.0 * llm.num_experts_per_token * batch_tokens(frame) * llm.expert_params * llm.num_moe_layers
+    return flops / configuration.engine.tensor_parallel / peak_flops(configuration)
+
+
+def expert_gemm_excess_s(
+    frame: pd.DataFrame, configuration: ServingConfiguration, settings: RooflineSettings = SETTINGS
+) -> FloatArray:
+    """As `gemm_excess_s` for the grouped expert GEMMs, each hit expert's tokens padded to whole tiles, shape (n,)."""
+    llm = configuration.llm
+    if not llm.num_moe_layers:
+        return np.zeros(len(frame))
+    tokens, tp = batch_tokens(frame), configuration.engine.tensor_parallel
+    hit = distinct_experts(tokens, configuration, settings.routing_skew)
+    rows = llm.num_experts_per_token * tokens / np.maximum(hit, 1e-9)
+    flops = 2.0 * hit * _padded(rows, settings.expert_tile_rows) * llm.expert_params * llm.num_moe_layers
+    compute = flops / tp / peak_flops(configuration) / settings.expert_compute_efficiency
+    read = expert_weight_read_s(frame, configuration, settings) / settings.memory_efficiency
+    return (smooth_max(compute, read, settings.sharpness) - read) * settings.expert_compute_efficiency
+
+
+def prefill_attention_s(frame: pd.DataFrame, configuration: ServingConfiguration) -> FloatArray:
+    """Prefill attention at peak FLOP/s: 4 * layers * heads / tp * head_dim * prefill_attention_tokens / peak, shape (n,)."""
+    llm, tp = configuration.llm, configuration.engine.tensor_parallel
+    pairs = _column(frame, "prefill_attention_tokens")
+    return 4.0 * llm.num_layers * llm.num_attention_heads / tp * llm.head_dim * pairs / peak_flops(configuration)
+
+
+def kv_read_s(frame: pd.DataFrame, configuration: ServingConfiguration) -> FloatArray:
+    """Reading the KV cache of the decoding requests at peak bandwidth, shape (n,).
+
+    context_tokens * kv_bytes_per_token / tp / bandwidth, with KV heads replicated below one per GPU.
+    """
+    llm, tp = configuration.llm, configuration.engine.tensor_parallel
+    share = max(llm.num_key_value_heads / tp, 1.0) / llm.num_key_value_heads
+    return _column(frame, "context_tokens") * llm.kv_bytes_per_token * share / configuration.hardware.memory_bandwidth
+
+
+def all_reduce_s(frame: pd.DataFrame, configuration: ServingConfiguration) -> FloatArray:
+    """Two ring all-reduces per layer at the interconnect's peak, shape (n,); zero at tp = 1.
+
+    2 * layers * tokens * hidden_size * 2 bytes * 2 * (tp - 1) / tp / interconnect_bandwidth.
+    """
+    llm, tp = configuration.llm, configuration.engine.tensor_parallel
+    if tp == 1:
+        return np.zeros(len(frame))
+    volume = 2.0 * llm.num_layers * batch_tokens(frame) * llm.hidden_size * 2.0 * 2.0 * (tp - 1) / tp
+    return volume / configuration.hardware.interconnect_bandwidth
+
+
+@dataclass(frozen=True)
+class HostOverheads:
+    """Reference sizes of the host's share of a step, in seconds: what one unit of a host feature is worth.
+
+    They are physical constants, not fitted: kernels on a GPU are launched within about ten microseconds, and vLLM
+    spends about a millisecond per step and tens of microseconds per sequence. On a CPU engine the same core
+    dispatches and computes small operators, which is about fifty times slower per layer.
+    """
+
+    step_s: float
+    layer_s: float
+    collective_s: float
+    sequence_s: float
+
+
+GPU_HOST = HostOverheads(step_s=1e-3, layer_s=10e-6, collective_s=10e-6, sequence_s=50e-6)
+CPU_HOST = HostOverheads(step_s=5e-3, layer_s=500e-6, collective_s=200e-6, sequence_s=200e-6)
+
+
+def host_overheads(configuration: ServingConfiguration) -> HostOverheads:
+    """Return the reference host overheads of a configuration: `CPU_HOST` where the hardware's name begins with "cpu"."""
+    return CPU_HOST if configuration.hardware.name.lower().startswith("cpu") else GPU_HOST
+
+
+def reference_step_s(configuration: ServingConfiguration) -> float:
+    """A rough decode step from the configuration alone: weights read at 75 % of peak bandwidth plus host time, in seconds.
+
+    It is the unit in which queueing features are expressed, so that their coefficients transfer.
+    """
+    llm = configuration.llm
+    host = host_overheads(configuration)
+    experts = llm.num_moe_layers * llm.expert_params * min(llm.num_experts, 4 * max(llm.num_experts_per_token, 1))
+    expert_bytes = experts * llm.weight_bytes_per_param / configuration.engine.tensor_parallel
+    read = weight_read_s(configuration) + expert_bytes / configuration.hardware.memory_bandwidth
+    return read / 0.75 + llm.num_layers * host.layer_s + host.step_s

@@ -1,0 +1,155 @@
+"""The default feature set: linear, physical, divided by tensor parallelism, non-negative by meaning.
+
+It cures what a first set of features was seen to miss on measured steps: the reading of the weights (with the expected
+number of distinct experts for a mixture of experts), KV reads that grow with context length, prefill attention,
+communication, per-layer and per-sequence host time, and the change from memory-bound to compute-bound.
+
+max(compute, memory) enters as an *excess*: `weight_read` is there in every step, `gemm` is the part of compute that is
+not hidden, and `gemm_excess` is what a compute-bound step takes beyond the weight read. Each column is near zero where
+another one rules, so no direction is left that low-load traffic cannot see and high-load traffic depends on except the
+excess itself, whose coefficient the donors inform.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from hfdtl_bayes.configuration import ServingConfiguration, weight_loading_floor_s
+from hfdtl_bayes.features import physics
+from hfdtl_bayes.features.feature import Feature, FeatureSet, Level, PriorRange, Quantity
+
+_TOKENS = ("prefill_tokens", "decode_tokens")
+_REQUESTS = ("prefill_requests", "decode_requests")
+_Rows = Callable[[pd.DataFrame, ServingConfiguration], NDArray[np.float64]]
+_One = Callable[[ServingConfiguration], float]
+
+
+def rows(formula: _Rows) -> Callable[[pd.DataFrame | None, ServingConfiguration], NDArray[np.float64]]:
+    """Adapt a formula over rows to the signature of `Feature.compute`."""
+
+    def compute(frame: pd.DataFrame | None, configuration: ServingConfiguration) -> NDArray[np.float64]:
+        assert frame is not None
+        return formula(frame, configuration)
+
+    return compute
+
+
+def one(formula: _One) -> Callable[[pd.DataFrame | None, ServingConfiguration], float]:
+    """Adapt a formula over the configuration alone to the signature of `Feature.compute`."""
+    return lambda _frame, configuration: formula(configuration)
+
+
+def constant_column(size: _One) -> Callable[[pd.DataFrame | None, ServingConfiguration], NDArray[np.float64]]:
+    """Return a formula that is `size(configuration)` in every row."""
+    return rows(lambda frame, configuration: np.full(len(frame), size(configuration)))
+
+
+STEP_TIME = FeatureSet(
+    name="roofline",
+    quantity="step_time",
+    description="Times the ideal: work at peak figures, and host time in reference units.",
+    noise_floor=weight_loading_floor_s,
+    features=(
+        Feature(
+            "weight_read", Level.BASE, "s", "bytes of attention, dense FFN, shared experts and head / tp / bandwidth",
+            constant_column(physics.weight_read_s), PriorRange(0.9, 1.8), (),
+        ),
+        Feature(
+            "gemm", Level.BASE, "s", "FLOPs of the dense GEMMs / tp / peak",
+            rows(physics.gemm_s), PriorRange(-0.2, 0.9), _TOKENS + _REQUESTS,
+        ),
+        Feature(
+            "gemm_excess", Level.BASE, "s", "smooth max(compute, memory) - memory of each dense GEMM, in compute seconds",
+            rows(physics.gemm_excess_s), PriorRange(0.4, 1.5), _TOKENS + _REQUESTS,
+        ),
+        Feature(
+            "expert_weight_read", Level.BASE, "s", "bytes of the expected distinct routed experts / tp / bandwidth",
+            rows(physics.expert_weight_read_s), PriorRange(0.7, 1.9), _TOKENS,
+        ),
+        Feature(
+            "expert_gemm", Level.BASE, "s", "FLOPs of the routed experts / tp / peak",
+            rows(physics.expert_gemm_s), PriorRange(-0.4, 1.4), _TOKENS,
+        ),
+        Feature(
+            "expert_gemm_excess", Level.BASE, "s", "as gemm_excess for the grouped GEMMs of the routed experts",
+            rows(physics.expert_gemm_excess_s), PriorRange(0.4, 2.0), _TOKENS,
+        ),
+        Feature(
+            "prefill_attention", Level.BASE, "s", "4 * layers * heads / tp * head_dim * prefill_attention_tokens / peak",
+            rows(physics.prefill_attention_s), PriorRange(0.8, 3.2), ("prefill_attention_tokens",),
+        ),
+        Feature(
+            "kv_read", Level.BASE, "s", "context_tokens * KV bytes per token / tp / bandwidth",
+            rows(physics.kv_read_s), PriorRange(0.8, 1.5), ("context_tokens",),
+        ),
+        Feature(
+            "all_reduce", Level.BASE, "s", "bytes of two ring all-reduces per layer / interconnect bandwidth",
+            rows(physics.all_reduce_s), PriorRange(0.8, 2.4), _TOKENS,
+        ),
+        Feature(
+            "sequences", Level.BASE, "s", "(prefill_requests + decode_requests) * reference host time per sequence",
+            rows(lambda f, c: physics.batch_requests(f) * physics.host_overheads(c).sequence_s),
+            PriorRange(0.4, 2.0), _REQUESTS,
+        ),
+        Feature(
+            "layers", Level.CONFIG, "s", "num_layers * reference host time per layer",
+            one(lambda c: c.llm.num_layers * physics.host_overheads(c).layer_s), PriorRange(-0.3, 1.3),
+        ),
+        Feature(
+            "moe_layers", Level.CONFIG, "s", "num_moe_layers * reference host time per layer",
+            one(lambda c: c.llm.num_moe_layers * physics.host_overheads(c).layer_s), PriorRange(-0.6, 2.6),
+        ),
+        Feature(
+            "all_reduce_latency", Level.CONFIG, "s", "2 * num_layers * [tp > 1] * reference latency of a collective",
+            one(lambda c: 2 * c.llm.num_layers * (c.engine.tensor_parallel > 1) * physics.host_overheads(c).collective_s),
+            PriorRange(0.2, 1.8),
+        ),
+        Feature(
+            "constant", Level.RESIDUAL, "s", "reference host time per step",
+            constant_column(lambda c: physics.host_overheads(c).step_s), PriorRange(-0.1, 3.1),
+        ),
+    ),
+)  # fmt: skip
+
+
+def _queueing(quantity: Quantity) -> FeatureSet:
+    step = physics.reference_step_s
+    return FeatureSet(
+        name="roofline",
+        quantity=quantity,
+        description="Delays in reference decode steps, so that slopes transfer between configurations of unlike speed.",
+        noise_floor=step,
+        features=(
+            Feature(
+                "queue_depth", Level.BASE, "s", "waiting_requests / max_num_seqs * 30 reference steps",
+                rows(lambda f, c: f["waiting_requests"].to_numpy(float) / c.engine.max_num_seqs * 30 * step(c)),
+                PriorRange(-0.5, 4.5), ("waiting_requests",),
+            ),
+            Feature(
+                "kv_pressure", Level.BASE, "s", "kv_usage * reference step",
+                rows(lambda f, c: f["kv_usage"].to_numpy(float) * step(c)), PriorRange(-2, 4), ("kv_usage",),
+            ),
+            Feature(
+                "prompt_share", Level.BASE, "s", "prompt_tokens / max_num_batched_tokens * reference step",
+                rows(lambda f, c: f["prompt_tokens"].to_numpy(float) / c.engine.max_num_batched_tokens * step(c)),
+                PriorRange(-2, 4), ("prompt_tokens",),
+            ),
+            Feature(
+                "constant", Level.RESIDUAL, "s", "reference step",
+                constant_column(step), PriorRange(-0.5, 2.5),
+            ),
+            Feature(
+                "queue_depth_squared", Level.RESIDUAL, "s", "(waiting_requests / max_num_seqs)^2 * 30 reference steps",
+                rows(lambda f, c: (f["waiting_requests"].to_numpy(float) / c.engine.max_num_seqs) ** 2 * 30 * step(c)),
+                PriorRange(-1, 1), ("waiting_requests",),
+            ),
+        ),
+    )  # fmt: skip
+
+
+QUEUE_DELAY = _queueing("queue_delay")
+API_DELAY = _queueing("api_delay")

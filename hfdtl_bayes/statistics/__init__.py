@@ -1,0 +1,24 @@
+"""Column-scaled QR sufficient statistics with drift blocks."""
+
+from hfdtl_bayes.statistics.pilot import config_to_constant, constant_s, pilot_coefficients, row_scale
+from hfdtl_bayes.statistics.sufficient import (
+    DEFAULT_BLOCK_LENGTH,
+    ConfigStatistics,
+    PseudoRows,
+    Stratum,
+    pseudo_rows,
+    statistics_from_rows,
+)
+
+__all__ = [
+    "DEFAULT_BLOCK_LENGTH",
+    "ConfigStatistics",
+    "PseudoRows",
+    "Stratum",
+    "config_to_constant",
+    "constant_s",
+    "pilot_coefficients",
+    "pseudo_rows",
+    "row_scale",
+    "statistics_from_rows",
+]
