@@ -1,0 +1,97 @@
+"""Priors as one frozen settings object, elicited as ranges and printable as sentences."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hfdtl_bayes.errors import InputError
+from hfdtl_bayes.features import FeatureSet
+
+_Z90 = 1.6448536269514722
+FloatArray = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class PositiveRange:
+    """A lognormal prior elicited as a range: 90 % of the mass lies between `low` and `high`."""
+
+    low: float
+    high: float
+
+    def __post_init__(self) -> None:
+        """Refuse an empty or non-positive range.
+
+        Raises
+        ------
+        InputError
+            Unless 0 < low < high, both finite.
+        """
+        if not (0 < self.low < self.high and np.isfinite(self.high)):
+            raise InputError(f"range ({self.low}, {self.high}): give two positive numbers, the lower one first")
+
+    @property
+    def log_mean(self) -> float:
+        """Mean of the logarithm."""
+        return float(0.5 * (np.log(self.low) + np.log(self.high)))
+
+    @property
+    def log_sd(self) -> float:
+        """Standard deviation of the logarithm."""
+        return float((np.log(self.high) - np.log(self.low)) / (2 * _Z90))
+
+
+@dataclass(frozen=True)
+class PriorSettings:
+    """What is believed before any data, beside each feature's own population prior.
+
+    The group sds have lognormal priors that keep away from zero. With two to five donors the data cannot say how unlike the
+    next configuration will be, so the prior must: equal coefficients in three donors are no evidence that a
+    fourth, on other hardware, has the same. A range away from zero states that, and keeps zero-shot intervals honest.
+    """
+
+    deviation: PositiveRange = PositiveRange(0.08, 0.8)
+    """Sd of a configuration's own slope around the population's, relative to the slope: efficiencies of GPUs,
+    kernels and models differ by some tens of per cent."""
+    noise: PositiveRange = PositiveRange(0.01, 0.5)
+    """Relative sd of one row around its mean, typical over configurations: 3 % on a quiet GPU, 30 % on a shared CPU."""
+    noise_spread: PositiveRange = PositiveRange(0.1, 1.0)
+    """Sd between configurations of the logarithm of the noise."""
+    drift: PositiveRange = PositiveRange(0.003, 0.3)
+    """Relative sd of the machine's speed between time blocks, typical over configurations: 10-20 % on shared CPUs."""
+    drift_spread: PositiveRange = PositiveRange(0.1, 1.0)
+    """Sd between configurations of the logarithm of the drift."""
+
+    def sentences(self, feature_set: FeatureSet) -> tuple[str, ...]:
+        """Return every prior as a sentence a planner can agree or disagree with."""
+
+        def said(what: str, r: PositiveRange) -> str:
+            return f"90 % of {what} lies between {r.low:.3g} and {r.high:.3g}"
+
+        return (
+            *feature_set.prior_sentences(),
+            said("the sd of a configuration's own coefficient, relative to the coefficient's size,", self.deviation),
+            said("the typical relative noise of one row", self.noise),
+            said("the spread of log noise between configurations", self.noise_spread),
+            said("the typical relative drift between time blocks", self.drift),
+            said("the spread of log drift between configurations", self.drift_spread),
+        )
+
+
+def population_mean(feature_set: FeatureSet) -> FloatArray:
+    """Return the prior means of beta, gamma and delta, concatenated, shape (B + G + D,), in reference units."""
+    ordered = feature_set.base + feature_set.config + feature_set.residual
+    return np.array([f.prior.mean for f in ordered])
+
+
+def population_sd(feature_set: FeatureSet) -> FloatArray:
+    """Return the prior sds of beta, gamma and delta, concatenated, shape (B + G + D,), in reference units."""
+    ordered = feature_set.base + feature_set.config + feature_set.residual
+    return np.array([f.prior.sd for f in ordered])
+
+
+def deviation_scale(feature_set: FeatureSet) -> FloatArray:
+    """Return the size of each coefficient that deviations are relative to, shape (K,): the larger of prior mean and sd."""
+    return np.array([max(abs(f.prior.mean), f.prior.sd) for f in feature_set.varying])

@@ -1,0 +1,141 @@
+"""The model in PyMC, on the pseudo-rows of the sufficient statistics.
+
+For configuration c, base features b, config features g (folded into the constant) and residual features r:
+
+    y_ci  = b_ci' (beta + u_c) + g_c' gamma + r_ci' (delta + v_c) + s_ci (d_cB(i) + eps_ci)
+    u_c, v_c ~ Normal(0, (tau * scale)^2)     d ~ Normal(0, omega_c^2)     eps ~ Normal(0, sigma_c^2)
+
+With theta_c = (beta + u_c, delta + v_c) shifted by the config features, and [R, z] the orthogonal factors of
+configuration c's scaled rows, the likelihood of all rows is, up to a constant,
+
+    z ~ Normal(R theta_c, sd)      rss ~ sd^2 * chi-square(dof)      sd^2 = sigma_c^2 + multiplier * omega_c^2
+
+so sampling costs the same whatever the number of rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pymc as pm
+import pytensor.tensor as pt
+
+from hfdtl_bayes.errors import StatisticsError
+from hfdtl_bayes.features import FeatureSet
+from hfdtl_bayes.model.priors import PositiveRange, PriorSettings, deviation_scale, population_mean, population_sd
+from hfdtl_bayes.statistics import ConfigStatistics, PseudoRows, pseudo_rows
+
+
+def model_data(statistics: Sequence[ConfigStatistics]) -> dict[str, np.ndarray]:
+    """Return the values of every `pm.Data` of the model, by name; replace them to refit without compiling again."""
+    rows: PseudoRows = pseudo_rows(statistics)
+    return {
+        "config_row": np.array([s.config_row for s in statistics]).reshape(len(statistics), -1),
+        "r": rows.r,
+        "z_observed": rows.z,
+        "z_config": rows.config,
+        "z_multiplier": rows.multiplier,
+        "rss_observed": rows.rss,
+        "rss_dof": rows.dof,
+        "rss_config": rows.rss_config,
+        "rss_multiplier": rows.rss_multiplier,
+    }
+
+
+def build_model(
+    statistics: Sequence[ConfigStatistics], feature_set: FeatureSet, priors: PriorSettings | None = None
+) -> pm.Model:
+    """Build the PyMC model of several configurations.
+
+    Parameters
+    ----------
+    statistics : sequence of ConfigStatistics
+        One per configuration, all of `feature_set`.
+    feature_set : FeatureSet
+    priors : PriorSettings, optional
+
+    Returns
+    -------
+    pm.Model
+        Free variables beta (base), gamma (config_feature), delta (residual), tau (coef), theta (config, coef), sigma and omega
+        (config) with their population medians and spreads, all in reference units.
+
+    Raises
+    ------
+    StatisticsError
+        If a configuration is named twice or its statistics have other columns.
+    """
+    check_statistics(statistics, feature_set)
+    priors = priors or PriorSettings()
+    mean, sd = population_mean(feature_set), population_sd(feature_set)
+    n_base, n_config = len(feature_set.base), len(feature_set.config)
+    base, config, residual = np.split(np.arange(len(mean)), [n_base, n_base + n_config])
+    coords = {
+        "config": [s.config_id for s in statistics],
+        "base": [f.name for f in feature_set.base],
+        "config_feature": [f.name for f in feature_set.config],
+        "residual": [f.name for f in feature_set.residual],
+        "coef": list(feature_set.coef_names),
+    }
+    values = model_data(statistics)
+    with pm.Model(coords=coords) as model:
+        data = {name: pm.Data(name, value) for name, value in values.items()}
+        beta = pm.Normal("beta", mean[base], sd[base], dims="base")
+        delta = pm.Normal("delta", mean[residual], sd[residual], dims="residual")
+        tau = _lognormal("tau", priors.deviation, dims="coef")
+        population = pt.concatenate([beta, delta])
+        centre = pt.tile(population[None, :], (len(statistics), 1))
+        if n_config:
+            gamma = pm.Normal("gamma", mean[config], sd[config], dims="config_feature")
+            centre = pt.inc_subtensor(centre[:, n_base], data["config_row"] @ gamma)
+        theta = pm.Normal("theta", centre, tau * deviation_scale(feature_set), dims=("config", "coef"))
+        sigma = _pooled_scale("sigma", priors.noise, priors.noise_spread)
+        omega = _pooled_scale("omega", priors.drift, priors.drift_spread)
+
+        def error_sd(config_index: pt.TensorVariable, multiplier: pt.TensorVariable) -> pt.TensorVariable:
+            return pt.sqrt(sigma[config_index] ** 2 + multiplier * omega[config_index] ** 2)
+
+        pm.Normal(
+            "z",
+            (data["r"] * theta[data["z_config"]]).sum(axis=1),
+            error_sd(data["z_config"], data["z_multiplier"]),
+            observed=data["z_observed"],
+        )
+        variance = error_sd(data["rss_config"], data["rss_multiplier"]) ** 2
+        pm.Gamma("rss", data["rss_dof"] / 2, 1 / (2 * variance), observed=data["rss_observed"])
+    return model
+
+
+def check_statistics(statistics: Sequence[ConfigStatistics], feature_set: FeatureSet) -> None:
+    """Refuse statistics that cannot be fitted together.
+
+    Raises
+    ------
+    StatisticsError
+        If there are none, a configuration is named twice, or columns, feature set or quantity differ.
+    """
+    if not statistics:
+        raise StatisticsError("no configuration to fit; name at least one donor")
+    names = [s.config_id for s in statistics]
+    repeated = sorted({n for n in names if names.count(n) > 1})
+    if repeated:
+        raise StatisticsError(f"configuration(s) named twice: {', '.join(repeated)}; name each donor or target once")
+    for s in statistics:
+        if (s.feature_set, s.quantity, s.coef_names) != (feature_set.name, feature_set.quantity, feature_set.coef_names):
+            raise StatisticsError(
+                f"statistics of {s.config_id!r} are of feature set {s.feature_set!r} ({s.quantity}), the model is of "
+                f"{feature_set.name!r} ({feature_set.quantity}); build both with the same set"
+            )
+
+
+def _lognormal(name: str, prior: PositiveRange, **kwargs: object) -> pt.TensorVariable:
+    return pm.LogNormal(name, prior.log_mean, prior.log_sd, **kwargs)
+
+
+def _pooled_scale(name: str, typical: PositiveRange, spread: PositiveRange) -> pt.TensorVariable:
+    """Return one positive scale per configuration, partially pooled on the log scale (non-centered)."""
+    median = _lognormal(f"{name}_typical", typical)
+    between = _lognormal(f"{name}_spread", spread)
+    offset = pm.Normal(f"{name}_offset", 0.0, 1.0, dims="config")
+    return pm.Deterministic(name, median * pt.exp(between * offset), dims="config")
