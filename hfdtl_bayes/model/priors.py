@@ -52,16 +52,16 @@ class PriorSettings:
     fourth, on other hardware, has the same. A range away from zero states that, and keeps zero-shot intervals honest.
     """
 
-    deviation: PositiveRange = PositiveRange(0.08, 0.8)
+    deviation: PositiveRange = PositiveRange(0.1, 0.6)
     """Sd of a configuration's own slope around the population's, relative to the slope: efficiencies of GPUs,
     kernels and models differ by some tens of per cent."""
     noise: PositiveRange = PositiveRange(0.01, 0.5)
     """Relative sd of one row around its mean, typical over configurations: 3 % on a quiet GPU, 30 % on a shared CPU."""
-    noise_spread: PositiveRange = PositiveRange(0.1, 1.0)
+    noise_spread: PositiveRange = PositiveRange(0.2, 1.0)
     """Sd between configurations of the logarithm of the noise."""
     drift: PositiveRange = PositiveRange(0.003, 0.3)
     """Relative sd of the machine's speed between time blocks, typical over configurations: 10-20 % on shared CPUs."""
-    drift_spread: PositiveRange = PositiveRange(0.1, 1.0)
+    drift_spread: PositiveRange = PositiveRange(0.2, 1.0)
     """Sd between configurations of the logarithm of the drift."""
 
     def sentences(self, feature_set: FeatureSet) -> tuple[str, ...]:

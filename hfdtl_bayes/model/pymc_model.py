@@ -23,11 +23,14 @@ import pytensor.tensor as pt
 
 from hfdtl_bayes.errors import StatisticsError
 from hfdtl_bayes.features import FeatureSet
+from hfdtl_bayes.model.coordinates import group_effects, reference_coordinates
 from hfdtl_bayes.model.priors import PositiveRange, PriorSettings, deviation_scale, population_mean, population_sd
 from hfdtl_bayes.statistics import ConfigStatistics, PseudoRows, pseudo_rows
 
 
-def model_data(statistics: Sequence[ConfigStatistics]) -> dict[str, np.ndarray]:
+def model_data(
+    statistics: Sequence[ConfigStatistics], feature_set: FeatureSet, priors: PriorSettings
+) -> dict[str, np.ndarray]:
     """Return the values of every `pm.Data` of the model, by name; replace them to refit without compiling again."""
     rows: PseudoRows = pseudo_rows(statistics)
     return {
@@ -40,6 +43,7 @@ def model_data(statistics: Sequence[ConfigStatistics]) -> dict[str, np.ndarray]:
         "rss_dof": rows.dof,
         "rss_config": rows.rss_config,
         "rss_multiplier": rows.rss_multiplier,
+        **reference_coordinates(statistics, feature_set, priors),
     }
 
 
@@ -78,7 +82,7 @@ def build_model(
         "residual": [f.name for f in feature_set.residual],
         "coef": list(feature_set.coef_names),
     }
-    values = model_data(statistics)
+    values = model_data(statistics, feature_set, priors)
     with pm.Model(coords=coords) as model:
         data = {name: pm.Data(name, value) for name, value in values.items()}
         beta = pm.Normal("beta", mean[base], sd[base], dims="base")
@@ -89,7 +93,7 @@ def build_model(
         if n_config:
             gamma = pm.Normal("gamma", mean[config], sd[config], dims="config_feature")
             centre = pt.inc_subtensor(centre[:, n_base], data["config_row"] @ gamma)
-        theta = pm.Normal("theta", centre, tau * deviation_scale(feature_set), dims=("config", "coef"))
+        theta = group_effects("theta", centre, tau * deviation_scale(feature_set), data, ("config", "coef"))
         sigma = _pooled_scale("sigma", priors.noise, priors.noise_spread)
         omega = _pooled_scale("omega", priors.drift, priors.drift_spread)
 
@@ -134,8 +138,7 @@ def _lognormal(name: str, prior: PositiveRange, **kwargs: object) -> pt.TensorVa
 
 
 def _pooled_scale(name: str, typical: PositiveRange, spread: PositiveRange) -> pt.TensorVariable:
-    """Return one positive scale per configuration, partially pooled on the log scale (non-centered)."""
+    """Return one positive scale per configuration, lognormal around the typical one."""
     median = _lognormal(f"{name}_typical", typical)
     between = _lognormal(f"{name}_spread", spread)
-    offset = pm.Normal(f"{name}_offset", 0.0, 1.0, dims="config")
-    return pm.Deterministic(name, median * pt.exp(between * offset), dims="config")
+    return pm.LogNormal(name, pt.log(median), between, dims="config")
