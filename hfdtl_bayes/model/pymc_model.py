@@ -37,12 +37,12 @@ def model_data(
         "config_row": np.array([s.config_row for s in statistics]).reshape(len(statistics), -1),
         "r": rows.r,
         "z_observed": rows.z,
-        "z_config": rows.config,
+        "z_config": rows.config.astype(np.int32),
         "z_multiplier": rows.multiplier,
         "rss_observed": rows.rss,
         "rss_dof": rows.dof,
-        "rss_config": rows.rss_config,
-        "rss_multiplier": rows.rss_multiplier,
+        "rss_config": rows.rss_config.astype(np.int32),
+        "rss_multiplier": rows.rss_multiplier.astype(np.float64),
         **reference_coordinates(statistics, feature_set, priors),
     }
 
@@ -89,7 +89,8 @@ def build_model(
         delta = pm.Normal("delta", mean[residual], sd[residual], dims="residual")
         tau = _lognormal("tau", priors.deviation, dims="coef")
         population = pt.concatenate([beta, delta])
-        centre = pt.tile(population[None, :], (len(statistics), 1))
+        # The number of configurations stays symbolic, so that one compilation serves donors with and without a target.
+        centre = pt.broadcast_to(population, (data["eta_information"].shape[0], population.shape[0]))
         if n_config:
             gamma = pm.Normal("gamma", mean[config], sd[config], dims="config_feature")
             centre = pt.inc_subtensor(centre[:, n_base], data["config_row"] @ gamma)

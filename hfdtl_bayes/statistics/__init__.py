@@ -1,5 +1,6 @@
 """Column-scaled QR sufficient statistics with drift blocks."""
 
+from hfdtl_bayes.statistics.files import input_hash, statistics_from_dataset, statistics_to_dataset
 from hfdtl_bayes.statistics.pilot import config_to_constant, constant_s, pilot_coefficients, row_scale
 from hfdtl_bayes.statistics.sufficient import (
     DEFAULT_BLOCK_LENGTH,
@@ -17,8 +18,11 @@ __all__ = [
     "Stratum",
     "config_to_constant",
     "constant_s",
+    "input_hash",
     "pilot_coefficients",
     "pseudo_rows",
     "row_scale",
+    "statistics_from_dataset",
     "statistics_from_rows",
+    "statistics_to_dataset",
 ]

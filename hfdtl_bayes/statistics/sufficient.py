@@ -28,6 +28,9 @@ FloatArray = NDArray[np.float64]
 DEFAULT_BLOCK_LENGTH = 50
 """Steps per drift block: long enough to tell drift from noise, short enough to follow it (about a second of serving)."""
 
+_SMALLEST_NOISE = 1e-6
+"""Relative noise below which rows are taken to be free of it."""
+
 
 @dataclass(frozen=True)
 class Stratum:
@@ -291,8 +294,9 @@ def pseudo_rows(statistics: Sequence[ConfigStatistics]) -> PseudoRows:
             config += [c] * rows
             multiplier += [float(stratum.multiplier)] * rows
             if stratum.count > k:
-                rss.append(float(stratum.triangle[k, k]) ** 2)
+                # Rows that fit to rounding error would make the noise exactly zero, which no density allows.
                 dof.append(float(stratum.count - k))
+                rss.append(max(float(stratum.triangle[k, k]) ** 2, dof[-1] * _SMALLEST_NOISE**2))
                 rss_config.append(c)
                 rss_multiplier.append(float(stratum.multiplier))
     stacked = np.vstack(r)

@@ -77,6 +77,12 @@ class TraceTable:
     derived: tuple[str, ...]
     source: Path
 
+    @property
+    def row_numbers(self) -> np.ndarray:
+        """Row numbers in the file, from 0, of the accepted rows."""
+        every = np.arange(len(self.frame) + len(self.rejected))
+        return np.setdiff1d(every, self.rejected["row"].to_numpy()) if len(self.rejected) else every
+
     def summary(self) -> str:
         """Return what was read, derived and rejected, for a person."""
         lines = [f"{self.source}: {len(self.frame)} rows accepted, {len(self.rejected)} rejected"]
@@ -97,8 +103,10 @@ class TraceTable:
         return target
 
 
-def _require_columns(frame: pd.DataFrame, schema: Sequence[Column], source: Path) -> None:
-    missing = [c for c in schema if c.required and c.name not in frame.columns]
+def _require_columns(
+    frame: pd.DataFrame, schema: Sequence[Column], source: Path, optional: Sequence[str] = ()
+) -> None:
+    missing = [c for c in schema if c.required and c.name not in frame.columns and c.name not in optional]
     if not missing:
         return
     found = [str(c) for c in frame.columns]
@@ -246,7 +254,11 @@ def _check_units(frame: pd.DataFrame, configuration: ServingConfiguration, sourc
 
 
 def validate_steps(
-    frame: pd.DataFrame, configuration: ServingConfiguration, source: str | os.PathLike[str] = "steps"
+    frame: pd.DataFrame,
+    configuration: ServingConfiguration,
+    source: str | os.PathLike[str] = "steps",
+    *,
+    observed: bool = True,
 ) -> TraceTable:
     """Validate engine steps.
 
@@ -258,6 +270,8 @@ def validate_steps(
         For the physical floors and derived columns.
     source : path
         What to call the table in messages.
+    observed : bool
+        False for batches to predict: `step_time_s` and `step_id` may be absent, and step times are not judged.
 
     Returns
     -------
@@ -271,10 +285,13 @@ def validate_steps(
     source = Path(source)
     if frame.empty:
         raise InputError(f"{source}: no rows; a trace needs at least one engine step")
-    _require_columns(frame, STEP_SCHEMA, source)
-    converted = _convert(frame, STEP_SCHEMA, source)
+    _require_columns(frame, STEP_SCHEMA, source, () if observed else ("step_id", "step_time_s"))
+    schema = STEP_SCHEMA if observed else tuple(c for c in STEP_SCHEMA if c.name != "step_time_s")
+    converted = _convert(frame, schema, source)
+    if "step_id" not in converted.columns:
+        converted["step_id"] = np.arange(len(converted), dtype=float)
     derived = _derive_steps(converted, configuration)
-    bad = _range_problems(converted, STEP_SCHEMA)
+    bad = _range_problems(converted, schema)
     tokens = converted["prefill_tokens"] + converted["decode_tokens"]
     bad.append(("no token was computed (a flush step)", (tokens == 0).to_numpy()))
     ids = converted["step_id"]
@@ -283,9 +300,9 @@ def validate_steps(
     highest = ids.cummax().shift(fill_value=-np.inf)
     bad.append(("step_id decreases", ((ids < highest) & ~duplicate).to_numpy()))
     already = np.any([mask for _, mask in bad], axis=0)
-    if not already.all():
+    if observed and not already.all():
         _check_units(converted[~already], configuration, source)
-    return _assemble(frame, converted, bad, derived, STEP_SCHEMA, source)
+    return _assemble(frame, converted, bad, derived, schema, source)
 
 
 def validate_requests(

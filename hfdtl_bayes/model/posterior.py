@@ -1,0 +1,462 @@
+"""The posterior object: what a fit knows, how it predicts, how it is kept."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+from numpy.typing import NDArray
+
+from hfdtl_bayes.configuration import ServingConfiguration
+from hfdtl_bayes.errors import HfdtlError, InputError, MissingInputError, PosteriorFileError
+from hfdtl_bayes.features import FeatureSet, feature_set
+from hfdtl_bayes.model.diagnostics import Convergence, convergence
+from hfdtl_bayes.model.priors import PositiveRange, PriorSettings, deviation_scale
+from hfdtl_bayes.model.sampling import SamplerSettings, sample
+from hfdtl_bayes.statistics import (
+    ConfigStatistics,
+    config_to_constant,
+    input_hash,
+    statistics_from_dataset,
+    statistics_to_dataset,
+)
+
+FloatArray = NDArray[np.float64]
+
+FILE_FORMAT = 1
+_QUANTILES = (0.025, 0.5, 0.975)
+_ROWS_AT_ONCE = 4096
+
+
+def package_version() -> str:
+    """Return the installed version of this package, "unknown" when it is run from a bare checkout."""
+    try:
+        return version("hfdtl-bayes")
+    except PackageNotFoundError:
+        return "unknown"
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Posterior draws of everything one configuration's predictions need.
+
+    Attributes
+    ----------
+    theta : ndarray, shape (S, K)
+        Coefficients in reference units, config features folded into the constant.
+    sigma, omega : ndarray, shape (S,)
+        Relative sds of a row's noise and of a block's drift.
+    known : bool
+        True if the configuration was fitted, False if it was drawn from the population.
+    """
+
+    theta: FloatArray
+    sigma: FloatArray
+    omega: FloatArray
+    known: bool
+
+
+@dataclass(frozen=True)
+class LatencyPosterior:
+    """The posterior of the hierarchical latency model.
+
+    Attributes
+    ----------
+    tree : DataTree
+        Groups `posterior`, `sample_stats`, `observed_data` with ArviZ's conventions.
+    feature_set : FeatureSet
+    priors : PriorSettings
+    statistics : tuple of ConfigStatistics
+        Of every configuration fitted, donors first.
+    target : str or None
+        config_id of the calibrated target; None for a fit of donors alone.
+    seed : int
+    """
+
+    tree: xr.DataTree
+    feature_set: FeatureSet
+    priors: PriorSettings
+    statistics: tuple[ConfigStatistics, ...]
+    target: str | None
+    seed: int
+
+    @property
+    def config_ids(self) -> tuple[str, ...]:
+        """Configurations fitted, in order."""
+        return tuple(s.config_id for s in self.statistics)
+
+    @property
+    def donors(self) -> tuple[str, ...]:
+        """Donor configurations."""
+        return tuple(c for c in self.config_ids if c != self.target)
+
+    @property
+    def donor_statistics(self) -> tuple[ConfigStatistics, ...]:
+        """Statistics of the donors."""
+        return tuple(s for s in self.statistics if s.config_id != self.target)
+
+    @property
+    def input_hash(self) -> str:
+        """SHA-256 of the statistics."""
+        return input_hash(self.statistics)
+
+    def draws_of(self, name: str) -> FloatArray:
+        """Return all draws of a variable, shape (S, ...)."""
+        values = self.tree["posterior"][name].to_numpy()
+        return np.asarray(values.reshape(-1, *values.shape[2:]), dtype=float)
+
+    def convergence(self) -> Convergence:
+        """Return the sampler's diagnostics."""
+        return convergence(self.tree)
+
+    def configuration(self, config_id: str) -> ServingConfiguration:
+        """Return a fitted configuration.
+
+        Raises
+        ------
+        InputError
+            If it was not fitted.
+        """
+        for s in self.statistics:
+            if s.config_id == config_id:
+                return s.configuration
+        raise InputError(f"configuration {config_id!r} was not fitted; this posterior holds {', '.join(self.config_ids)}")
+
+    def draws(self, configuration: ServingConfiguration, seed: int = 0) -> Draws:
+        """Return draws for a configuration: its own if it was fitted, otherwise those of a NEW one from the population.
+
+        For a new configuration theta = A phi + tau * scale * Normal(0, 1), with A phi the population's coefficients for
+        these config features, and log sigma, log omega drawn around their typical values. No fitted group is reused.
+
+        Parameters
+        ----------
+        configuration : ServingConfiguration
+        seed : int
+            For the draws of a new configuration.
+
+        Raises
+        ------
+        InputError
+            If a configuration of this name was fitted but differs from the one given.
+        """
+        if configuration.config_id in self.config_ids:
+            if self.configuration(configuration.config_id) != configuration:
+                raise InputError(
+                    f"configuration {configuration.config_id!r} differs from the one of that name that was fitted; give "
+                    "the new one another config_id"
+                )
+            c = self.config_ids.index(configuration.config_id)
+            return Draws(
+                self.draws_of("theta")[:, c], self.draws_of("sigma")[:, c], self.draws_of("omega")[:, c], True
+            )
+        rng = np.random.default_rng(seed)
+        centre = self.population_draws(configuration)
+        sd = self.draws_of("tau") * deviation_scale(self.feature_set)
+        theta = centre + sd * rng.standard_normal(centre.shape)
+
+        def new_scale(name: str) -> FloatArray:
+            spread = self.draws_of(f"{name}_spread")
+            return np.asarray(self.draws_of(f"{name}_typical") * np.exp(spread * rng.standard_normal(spread.shape)))
+
+        return Draws(theta, new_scale("sigma"), new_scale("omega"), False)
+
+    def population_draws(self, configuration: ServingConfiguration) -> FloatArray:
+        """Return draws of A phi, the centre that a configuration's coefficients deviate from, shape (S, K)."""
+        centre = np.concatenate([self.draws_of("beta"), self.draws_of("delta")], axis=1)
+        if self.feature_set.config:
+            gamma = self.draws_of("gamma")
+            centre[:, len(self.feature_set.base)] += gamma @ config_to_constant(self.feature_set, configuration)
+        return centre
+
+    def expected_s(self, frame: pd.DataFrame, configuration: ServingConfiguration, seed: int = 0) -> FloatArray:
+        """Return the posterior mean of the expected value of each row, shape (n,), in seconds."""
+        draws = self.draws(configuration, seed)
+        return np.asarray(self.feature_set.design(frame, configuration) @ draws.theta.mean(axis=0))
+
+    def scale_s(self, expected_s: FloatArray, configuration: ServingConfiguration) -> FloatArray:
+        """Return the scale s that errors are relative to, shape (n,): the expected value or the floor, the larger."""
+        return np.maximum(expected_s, self.feature_set.noise_floor(configuration))
+
+    def predict(self, frame: pd.DataFrame, configuration: ServingConfiguration, *, seed: int = 0) -> pd.DataFrame:
+        """Predict rows of a configuration, fitted or never seen.
+
+        Parameters
+        ----------
+        frame : DataFrame, n rows
+            Batch compositions: the columns the feature set reads.
+        configuration : ServingConfiguration
+        seed : int
+
+        Returns
+        -------
+        DataFrame, n rows
+            Of a new observation: `mean_s`, `sd_s`, `q2.5_s`, `q50_s`, `q97.5_s`; of its expected value: `sd_mean_s`,
+            `q2.5_mean_s`, `q50_mean_s`, `q97.5_mean_s`. Seconds. The sd of a new observation includes noise and drift.
+
+        Raises
+        ------
+        InputError
+            If columns are missing or not finite.
+        """
+        draws = self.draws(configuration, seed)
+        design = self.feature_set.design(frame, configuration)
+        scale = self.scale_s(design @ draws.theta.mean(axis=0), configuration)
+        rng = np.random.default_rng([seed, 1])
+        error_sd = np.hypot(draws.sigma, draws.omega)
+        out = {name: np.empty(len(frame)) for name in PREDICTION_COLUMNS}
+        for start in range(0, len(frame), _ROWS_AT_ONCE):
+            part = slice(start, start + _ROWS_AT_ONCE)
+            mean = draws.theta @ design[part].T
+            new = mean + error_sd[:, None] * scale[part] * rng.standard_normal(mean.shape)
+            out["mean_s"][part] = mean.mean(axis=0)
+            # Var of a new observation = Var of the mean + mean of the error variance; exact, where draws are noisy.
+            error_variance = float(np.mean(error_sd**2)) * scale[part] ** 2
+            out["sd_mean_s"][part] = mean.std(axis=0)
+            out["sd_s"][part] = np.sqrt(mean.var(axis=0) + error_variance)
+            for suffix, values in (("_s", new), ("_mean_s", mean)):
+                low, middle, high = np.quantile(values, _QUANTILES, axis=0)
+                out[f"q2.5{suffix}"][part], out[f"q50{suffix}"][part] = low, middle
+                out[f"q97.5{suffix}"][part] = high
+        return pd.DataFrame(out, index=frame.index)
+
+    def predict_block_means(
+        self, frame: pd.DataFrame, configuration: ServingConfiguration, blocks: NDArray[np.int64], *, seed: int = 0
+    ) -> pd.DataFrame:
+        """Predict the mean of each block of rows, which share one drift.
+
+        Returns
+        -------
+        DataFrame, one row per block, indexed by block number
+            `rows`, `mean_s`, `sd_s`, `q2.5_s`, `q97.5_s` of the mean over the block of new observations.
+        """
+        draws = self.draws(configuration, seed)
+        design = self.feature_set.design(frame, configuration)
+        scale = self.scale_s(design @ draws.theta.mean(axis=0), configuration)
+        numbers, index, counts = np.unique(blocks, return_inverse=True, return_counts=True)
+        mean_design = np.zeros((len(numbers), design.shape[1]))
+        np.add.at(mean_design, index, design)
+        mean_design /= counts[:, None]
+        mean_scale = np.bincount(index, scale) / counts
+        root_square = np.sqrt(np.bincount(index, scale**2)) / counts
+        rng = np.random.default_rng([seed, 2])
+        mean = draws.theta @ mean_design.T
+        new = mean + draws.omega[:, None] * mean_scale * rng.standard_normal(mean.shape)
+        new += draws.sigma[:, None] * root_square * rng.standard_normal(mean.shape)
+        low, high = np.quantile(new, (0.025, 0.975), axis=0)
+        return pd.DataFrame(
+            {"rows": counts, "mean_s": mean.mean(axis=0), "sd_s": new.std(axis=0), "q2.5_s": low, "q97.5_s": high},
+            index=pd.Index(numbers, name="block"),
+        )
+
+    def coefficient_table(self) -> pd.DataFrame:
+        """Return every coefficient with level, unit, formula, posterior mean, sd, 95 % interval and P(< 0).
+
+        In physical units (the reference multiplied in). Rows: population coefficients, then each configuration's own.
+        """
+        rows = []
+
+        def add(config: str, feature_name: str, values: FloatArray) -> None:
+            f = self.feature_set[feature_name]
+            low, high = np.quantile(values, (0.025, 0.975))
+            rows.append(
+                {
+                    "config": config,
+                    "feature": f.name,
+                    "level": str(f.level),
+                    "unit": f.coefficient_unit,
+                    "mean": values.mean() * f.reference,
+                    "sd": values.std() * f.reference,
+                    "q2.5": low * f.reference,
+                    "q97.5": high * f.reference,
+                    "p_negative": float(np.mean(values < 0)),
+                }
+            )
+
+        for name, features in (
+            ("beta", self.feature_set.base),
+            ("gamma", self.feature_set.config),
+            ("delta", self.feature_set.residual),
+        ):
+            draws = self.draws_of(name) if features else np.empty((0, 0))
+            for i, f in enumerate(features):
+                add("population", f.name, draws[:, i])
+        theta = self.draws_of("theta")
+        for c, config_id in enumerate(self.config_ids):
+            for k, name in enumerate(self.feature_set.coef_names):
+                add(config_id, name, theta[:, c, k])
+        return pd.DataFrame(rows)
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the posterior as netCDF, atomically; returns the path."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tree = self.tree.copy()
+        for s in self.statistics:
+            dataset = statistics_to_dataset(s, self.feature_set)
+            tree[f"statistics/{s.config_id}"] = xr.DataTree(dataset)
+        tree.attrs["hfdtl_bayes"] = json.dumps(self._header())
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}", suffix=".part")
+        os.close(handle)
+        try:
+            tree.to_netcdf(temporary, engine="h5netcdf")
+            # mkstemp makes private files; a posterior is to be shared like any other output.
+            umask = os.umask(0)
+            os.umask(umask)
+            Path(temporary).chmod(0o666 & ~umask)
+            Path(temporary).replace(path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+        return path
+
+    def _header(self) -> dict[str, Any]:
+        return {
+            "format": FILE_FORMAT,
+            "package_version": package_version(),
+            "feature_set": self.feature_set.name,
+            "quantity": self.feature_set.quantity,
+            "features": feature_card(self.feature_set),
+            "priors": asdict(self.priors),
+            "donors": list(self.donors),
+            "target": self.target,
+            "configs": list(self.config_ids),
+            "rows": {s.config_id: s.rows for s in self.statistics},
+            "input_hash": self.input_hash,
+            "seed": self.seed,
+        }
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> LatencyPosterior:
+        """Read a posterior and check it.
+
+        Raises
+        ------
+        MissingInputError
+            If there is no such file.
+        PosteriorFileError
+            If it is cut short, not a posterior of this package, of another file format, of a feature set that is not
+            registered or has changed, or if its statistics do not match their hash.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise MissingInputError(f"no posterior at {path}")
+        try:
+            with xr.open_datatree(path, engine="h5netcdf") as opened:
+                tree = opened.load()
+            header = json.loads(tree.attrs["hfdtl_bayes"])
+        except KeyError:
+            raise PosteriorFileError(f"{path} is netCDF but not a posterior written by hfdtl_bayes") from None
+        except Exception as error:  # what HDF5 and xarray raise for damaged files has no common type
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise PosteriorFileError(f"{path} cannot be read as a posterior: {reason}. Copy or fit it again") from None
+        try:
+            return cls._rebuild(tree, header, path)
+        except PosteriorFileError:
+            raise
+        except (HfdtlError, KeyError, TypeError, ValueError) as error:
+            raise PosteriorFileError(f"{path} is not a complete posterior: {error}. Fit it again") from error
+
+    @classmethod
+    def _rebuild(cls, tree: xr.DataTree, header: dict[str, Any], path: Path) -> LatencyPosterior:
+        if header.get("format") != FILE_FORMAT:
+            raise PosteriorFileError(
+                f"{path} has file format {header.get('format')!r}, written by version {header.get('package_version')}; this "
+                f"version reads format {FILE_FORMAT}. Fit it again"
+            )
+        features = feature_set(header["feature_set"], header["quantity"])
+        stored, now = header["features"], feature_card(features)
+        changed = sorted(n for n in {*stored, *now} if stored.get(n) != now.get(n))
+        if changed:
+            raise PosteriorFileError(
+                f"{path} was fitted with version {header['package_version']}, where feature(s) {', '.join(changed)} of "
+                f"{features.name!r} were defined otherwise; its coefficients would be misread. Fit it again"
+            )
+        priors = PriorSettings(**{k: PositiveRange(**v) for k, v in header["priors"].items()})
+        statistics = tuple(
+            statistics_from_dataset(tree[f"statistics/{c}"].to_dataset(inherit=False)) for c in header["configs"]
+        )
+        if input_hash(statistics) != header["input_hash"]:
+            raise PosteriorFileError(f"{path}: the statistics do not match their hash; the file was altered. Fit it again")
+        kept = {name: tree[name].to_dataset() for name in ("posterior", "sample_stats", "observed_data")}
+        return cls(
+            xr.DataTree.from_dict(kept), features, priors, statistics, header["target"], int(header["seed"])
+        )
+
+
+PREDICTION_COLUMNS = (
+    "mean_s",
+    "sd_s",
+    "q2.5_s",
+    "q50_s",
+    "q97.5_s",
+    "sd_mean_s",
+    "q2.5_mean_s",
+    "q50_mean_s",
+    "q97.5_mean_s",
+)
+
+
+def feature_card(features: FeatureSet) -> dict[str, dict[str, Any]]:
+    """Return what defines the meaning of each coefficient: level, unit, formula, reference and prior."""
+    return {
+        f.name: {
+            "level": str(f.level),
+            "unit": f.unit,
+            "coefficient_unit": f.coefficient_unit,
+            "formula": f.formula,
+            "reference": f.reference,
+            "prior": [f.prior.low, f.prior.high],
+        }
+        for f in features.features
+    }
+
+
+def fit(
+    statistics: Sequence[ConfigStatistics],
+    features: FeatureSet,
+    priors: PriorSettings | None = None,
+    settings: SamplerSettings | None = None,
+    *,
+    target: str | None = None,
+    seed: int = 0,
+    show_progress: bool = True,
+) -> LatencyPosterior:
+    """Fit the hierarchical model to the statistics of donors, and of a target if one is named.
+
+    Parameters
+    ----------
+    statistics : sequence of ConfigStatistics
+        One per configuration.
+    features : FeatureSet
+        The set the statistics were built with.
+    priors : PriorSettings, optional
+    settings : SamplerSettings, optional
+    target : str, optional
+        config_id of the statistics that are a target's.
+    seed : int
+    show_progress : bool
+
+    Returns
+    -------
+    LatencyPosterior
+
+    Raises
+    ------
+    StatisticsError
+        If the statistics cannot be fitted together.
+    ConvergenceError
+        If the sampler cannot run.
+    """
+    priors = priors or PriorSettings()
+    label = f"sampling {target}" if target else f"sampling {len(statistics)} donors"
+    tree = sample(statistics, features, priors, settings, seed=seed, show_progress=show_progress, label=label)
+    return LatencyPosterior(tree, features, priors, tuple(statistics), target, seed)

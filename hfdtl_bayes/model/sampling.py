@@ -1,0 +1,271 @@
+"""Sampling the PyMC model with nutpie's NUTS, compiled once per feature set.
+
+PyMC's log density and gradient are compiled to machine code by PyTensor's Numba backend, which keeps the result on disk, and handed
+to nutpie as a function. The number of configurations and of pseudo-rows is free, so donors, donors with a target, and a
+thousand simulated data sets share one compilation. (`nutpie.compile_pymc_model` compiles two more wrappers in every process, about
+15 s for this model, and keeps none of it.)
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+
+import nutpie
+import numpy as np
+import pymc as pm
+import pytensor
+import pytensor.tensor as pt
+import xarray as xr
+from nutpie.compiled_pyfunc import from_pyfunc
+from pytensor.compile.mode import Mode
+from pytensor.graph.replace import vectorize_graph
+
+from hfdtl_bayes.errors import ConvergenceError, InputError
+from hfdtl_bayes.features import FeatureSet
+from hfdtl_bayes.model.coordinates import reference_errors
+from hfdtl_bayes.model.progress import progress
+from hfdtl_bayes.model.priors import PriorSettings
+from hfdtl_bayes.model.pymc_model import build_model, check_statistics, model_data
+from hfdtl_bayes.statistics import ConfigStatistics
+
+
+@dataclass(frozen=True)
+class SamplerSettings:
+    """How NUTS runs."""
+
+    draws: int = 500
+    """Draws kept per chain."""
+    tune: int = 500
+    """Draws per chain used to adapt, then dropped."""
+    chains: int = 4
+    """Chains from different starting points: what R-hat compares."""
+    target_accept: float = 0.97
+    """Smaller steps than nutpie's default: they cost little here and leave no divergences."""
+
+    def __post_init__(self) -> None:
+        """Refuse settings that cannot be run or judged.
+
+        Raises
+        ------
+        InputError
+            Unless draws and tune are at least 50, chains at least 2 and target_accept within (0.5, 1).
+        """
+        if self.draws < 50 or self.tune < 50:
+            raise InputError(f"draws ({self.draws}) and tune ({self.tune}) must both be at least 50")
+        if self.chains < 2:
+            raise InputError(f"chains must be at least 2, found {self.chains}: R-hat compares chains")
+        if not 0.5 < self.target_accept < 1:
+            raise InputError(f"target_accept must lie between 0.5 and 1, found {self.target_accept}")
+
+
+@dataclass(frozen=True)
+class _Compiled:
+    """The log density of one feature set and prior, for any number of configurations and rows."""
+
+    model: pm.Model
+    names: tuple[str, ...]
+    density: Callable[..., list[np.ndarray]]
+    constrain: Callable[..., list[np.ndarray]]
+    outputs: tuple[str, ...]
+
+
+_COMPILED: dict[tuple[FeatureSet, PriorSettings], _Compiled] = {}
+_LOCK = threading.Lock()
+
+
+def _compile(model: pm.Model) -> _Compiled:
+    values = model.value_vars
+    log_density = model.logp()
+    gradient = pt.grad(log_density, values)
+    density = pytensor.function(values, [log_density, *gradient], mode="NUMBA")
+    density.trust_input = True
+    outputs = [v for v in model.unobserved_value_vars if v not in values]
+    named = [v for v in values if model.values_to_rvs[v].name == v.name]
+    batched = [pt.tensor(v.name, shape=(None, *v.type.shape), dtype=v.dtype) for v in values]
+    vectorized = vectorize_graph(outputs, dict(zip(values, batched, strict=True)))
+    # All draws at once through NumPy: no compilation for what runs once.
+    constrain = pytensor.function(
+        batched,
+        [*(batched[values.index(v)] for v in named), *vectorized],
+        mode=Mode(linker="py", optimizer="fast_compile"),
+    )
+    return _Compiled(
+        model, tuple(v.name for v in values), density, constrain, tuple(v.name for v in [*named, *outputs])
+    )
+
+
+def _starting_point(
+    compiled: _Compiled, statistics: Sequence[ConfigStatistics], feature_set: FeatureSet, priors: PriorSettings
+) -> dict[str, np.ndarray]:
+    """Return the centre of the starting points: prior medians, with noise and drift near their moment estimates."""
+    count, k = len(statistics), len(feature_set.coef_names)
+    errors = np.log([reference_errors(s, priors) for s in statistics])
+    start = {
+        "theta_eta__": np.zeros((count, k)),
+        "sigma_log__": errors[:, 0],
+        "omega_log__": errors[:, 1],
+        "tau_log__": np.full(k, priors.deviation.log_mean),
+        "sigma_typical_log__": np.array(errors[:, 0].mean()),
+        "omega_typical_log__": np.array(errors[:, 1].mean()),
+        "sigma_spread_log__": np.array(priors.noise_spread.log_mean),
+        "omega_spread_log__": np.array(priors.drift_spread.log_mean),
+        "beta": np.array([f.prior.mean for f in feature_set.base]),
+        "gamma": np.array([f.prior.mean for f in feature_set.config]),
+        "delta": np.array([f.prior.mean for f in feature_set.residual]),
+    }
+    return {name: np.asarray(start[name], dtype=float) for name in compiled.names}
+
+
+def sample(
+    statistics: Sequence[ConfigStatistics],
+    feature_set: FeatureSet,
+    priors: PriorSettings | None = None,
+    settings: SamplerSettings | None = None,
+    *,
+    seed: int = 0,
+    show_progress: bool = True,
+    label: str = "sampling",
+) -> xr.DataTree:
+    """Sample the posterior of several configurations.
+
+    Parameters
+    ----------
+    statistics : sequence of ConfigStatistics
+    feature_set : FeatureSet
+    priors : PriorSettings, optional
+    settings : SamplerSettings, optional
+    seed : int
+        The same seed gives the same draws.
+    show_progress : bool
+    label : str
+        What the progress bar calls the work.
+
+    Returns
+    -------
+    DataTree
+        Groups `posterior` (chain, draw, ...), `sample_stats`, `observed_data`.
+
+    Raises
+    ------
+    StatisticsError
+        If the statistics cannot be fitted together.
+    ConvergenceError
+        If the sampler cannot start or breaks down.
+    """
+    priors, settings = priors or PriorSettings(), settings or SamplerSettings()
+    check_statistics(statistics, feature_set)
+    data = model_data(statistics, feature_set, priors)
+    with _LOCK:
+        compiled = _COMPILED.get((feature_set, priors))
+        if compiled is None:
+            with progress(f"compiling the model of {feature_set.name}", 1, enabled=show_progress):
+                compiled = _COMPILED[feature_set, priors] = _compile(build_model(statistics, feature_set, priors))
+        for name, value in data.items():
+            compiled.model[name].set_value(np.ascontiguousarray(value))
+        return _run(compiled, statistics, feature_set, priors, settings, data, seed, show_progress, label)
+
+
+def _run(
+    compiled: _Compiled,
+    statistics: Sequence[ConfigStatistics],
+    feature_set: FeatureSet,
+    priors: PriorSettings,
+    settings: SamplerSettings,
+    data: dict[str, np.ndarray],
+    seed: int,
+    show_progress: bool,
+    label: str,
+) -> xr.DataTree:
+    start = _starting_point(compiled, statistics, feature_set, priors)
+    shapes = [start[name].shape for name in compiled.names]
+    sizes = [int(np.prod(shape)) for shape in shapes]
+    ends = np.cumsum(sizes)
+    slices = [slice(end - size, end) for end, size in zip(ends, sizes, strict=True)]
+    centre = np.concatenate([start[name].ravel() for name in compiled.names])
+
+    def log_density(x: np.ndarray) -> tuple[float, np.ndarray]:
+        parts = [x[s].reshape(shape) for s, shape in zip(slices, shapes, strict=True)]
+        value, *gradient = compiled.density(*parts)
+        return float(value), np.concatenate([np.ravel(g) for g in gradient])
+
+    def initial_point(seed: int) -> np.ndarray:
+        return centre + np.random.default_rng(seed).uniform(-0.3, 0.3, len(centre))
+
+    total = settings.chains * (settings.draws + settings.tune)
+    with progress(label, total, enabled=show_progress) as advance:
+
+        def expand(x: np.ndarray) -> dict[str, np.ndarray]:
+            advance()
+            return {"x": x}
+
+        runnable = from_pyfunc(
+            len(centre),
+            lambda: log_density,
+            lambda *_: expand,
+            [np.dtype("float64")],
+            [(len(centre),)],
+            ["x"],
+            make_initial_point_fn=initial_point,
+        )
+        try:
+            trace = nutpie.sample(
+                runnable,
+                draws=settings.draws,
+                tune=settings.tune,
+                chains=settings.chains,
+                cores=1,
+                seed=seed,
+                target_accept=settings.target_accept,
+                save_warmup=False,
+                progress_bar=False,
+            )
+        except RuntimeError as error:
+            raise ConvergenceError(f"the sampler could not run: {error}. Check the statistics and the priors") from error
+    x = trace["posterior"]["x"].to_numpy()
+    flat = x.reshape(-1, x.shape[-1])
+    arrays = compiled.constrain(*(flat[:, s].reshape(-1, *shape) for s, shape in zip(slices, shapes, strict=True)))
+    return _to_tree(compiled, statistics, feature_set, trace, arrays, data, settings)
+
+
+def _to_tree(
+    compiled: _Compiled,
+    statistics: Sequence[ConfigStatistics],
+    feature_set: FeatureSet,
+    trace: xr.DataTree,
+    arrays: Sequence[np.ndarray],
+    data: dict[str, np.ndarray],
+    settings: SamplerSettings,
+) -> xr.DataTree:
+    coords = {
+        "chain": np.arange(settings.chains),
+        "draw": np.arange(settings.draws),
+        "config": [s.config_id for s in statistics],
+        "base": [f.name for f in feature_set.base],
+        "config_feature": [f.name for f in feature_set.config],
+        "residual": [f.name for f in feature_set.residual],
+        "coef": list(feature_set.coef_names),
+    }
+    order = {name: array for name, array in zip(compiled.outputs, arrays, strict=True)}
+    posterior = {}
+    for rv in compiled.model.free_RVs:
+        dims = ("chain", "draw", *compiled.model.named_vars_to_dims.get(rv.name, ()))
+        array = np.ascontiguousarray(order[rv.name])
+        posterior[rv.name] = (dims, array.reshape(settings.chains, settings.draws, *array.shape[1:]))
+    keep = [n for n in ("diverging", "energy", "logp", "n_steps", "depth", "step_size") if n in trace["sample_stats"]]
+    stats = trace["sample_stats"].to_dataset()[keep].rename({"logp": "lp"} if "logp" in keep else {})
+    stats.attrs = {"sampler": f"nutpie {nutpie.__version__} NUTS", **asdict(settings)}
+    used = {d for dims, _ in posterior.values() for d in dims}
+    return xr.DataTree.from_dict(
+        {
+            "posterior": xr.Dataset(posterior, coords={k: v for k, v in coords.items() if k in used}),
+            "sample_stats": stats,
+            "observed_data": xr.Dataset(
+                {
+                    "z": ("pseudo_row", data["z_observed"]),
+                    "rss": ("stratum", data["rss_observed"]),
+                }
+            ),
+        }
+    )
