@@ -1,0 +1,32 @@
+"""Transfer: calibration of a target, held-out evaluation, the verdict, and the baselines it is measured against."""
+
+from hfdtl_bayes.transfer.baselines import (
+    RidgeRecipe,
+    calibrate_ridge,
+    fit_ridge_donors,
+    ridge_cv,
+    scratch_coefficients,
+)
+from hfdtl_bayes.transfer.calibration import calibrate, fit_donors, read_trace, select_rows, usable_rows
+from hfdtl_bayes.transfer.evaluation import HeldOut, evaluate
+from hfdtl_bayes.transfer.verdict import Check, Outcome, Verdict, VerdictSettings, verdict
+
+__all__ = [
+    "Check",
+    "HeldOut",
+    "Outcome",
+    "RidgeRecipe",
+    "Verdict",
+    "VerdictSettings",
+    "calibrate",
+    "calibrate_ridge",
+    "evaluate",
+    "fit_donors",
+    "fit_ridge_donors",
+    "read_trace",
+    "ridge_cv",
+    "scratch_coefficients",
+    "select_rows",
+    "usable_rows",
+    "verdict",
+]

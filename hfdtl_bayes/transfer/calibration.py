@@ -1,0 +1,176 @@
+"""Donors in, a target calibrated: statistics of validated traces, and the joint refit with the target's rows added."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+
+from hfdtl_bayes.configuration import ServingConfiguration
+from hfdtl_bayes.errors import InputError
+from hfdtl_bayes.features import FeatureSet, feature_set
+from hfdtl_bayes.model import LatencyPosterior, PriorSettings, SamplerSettings, fit
+from hfdtl_bayes.statistics import DEFAULT_BLOCK_LENGTH, ConfigStatistics, statistics_from_rows
+from hfdtl_bayes.traces import TraceStore, TraceTable, drop_warmup
+
+
+def read_trace(store: TraceStore, config_id: str, quantity: str) -> TraceTable:
+    """Read the table a quantity is observed in: steps for step_time, requests for the delays."""
+    return store.steps(config_id) if quantity == "step_time" else store.requests(config_id)
+
+
+def usable_rows(frame: pd.DataFrame, quantity: str) -> pd.DataFrame:
+    """Return the rows to fit: no warm-up; for api_delay only requests whose arrival is known."""
+    frame = drop_warmup(frame)
+    if quantity == "api_delay" and "arrival_s" in frame.columns:
+        frame = frame[frame["arrival_s"].notna()]
+    return frame
+
+
+def require_enough_rows(frame: pd.DataFrame, configuration: ServingConfiguration, features: FeatureSet) -> None:
+    """Refuse fewer rows than coefficients.
+
+    Raises
+    ------
+    InputError
+        Says how many rows there are and how many are needed.
+    """
+    needed = len(features.coef_names)
+    if len(frame) < needed:
+        raise InputError(
+            f"configuration {configuration.config_id!r} has {len(frame)} usable row(s) for the {needed} coefficients of feature "
+            f"set {features.name!r}; give at least {needed}, better a few hundred, or predict it zero-shot from the donors"
+        )
+
+
+def fit_donors(
+    store: TraceStore,
+    donors: Sequence[str],
+    features: str = "roofline",
+    quantity: str = "step_time",
+    *,
+    max_rows: int | None = None,
+    block_length: int = DEFAULT_BLOCK_LENGTH,
+    priors: PriorSettings | None = None,
+    settings: SamplerSettings | None = None,
+    seed: int = 0,
+    show_progress: bool = True,
+) -> LatencyPosterior:
+    """Fit the population to donors of a trace store.
+
+    Parameters
+    ----------
+    store : TraceStore
+    donors : sequence of str
+        config_ids, each once.
+    features : str
+        Name of a feature set.
+    quantity : {"step_time", "queue_delay", "api_delay"}
+    max_rows : int, optional
+        Rows of each donor to use, the first in time; all by default.
+    block_length : int
+        Rows per drift block.
+    priors, settings, seed, show_progress
+        As in `fit`.
+
+    Returns
+    -------
+    LatencyPosterior
+
+    Raises
+    ------
+    InputError
+        If a donor is listed twice, none is given, or a trace cannot be used.
+    UnknownNameError
+        If a donor or the feature set is unknown.
+    """
+    if not donors:
+        raise InputError(f"no donor given; choose some of {', '.join(store.config_ids)}")
+    repeated = sorted({d for d in donors if list(donors).count(d) > 1})
+    if repeated:
+        raise InputError(f"donor(s) listed twice: {', '.join(repeated)}; list each once")
+    chosen = feature_set(features, quantity)
+    statistics = [
+        _statistics(store, d, chosen, max_rows=max_rows, block_length=block_length) for d in donors
+    ]
+    return fit(statistics, chosen, priors, settings, seed=seed, show_progress=show_progress)
+
+
+def _statistics(
+    store: TraceStore, config_id: str, features: FeatureSet, *, max_rows: int | None, block_length: int
+) -> ConfigStatistics:
+    configuration = store.configuration(config_id)
+    frame = usable_rows(read_trace(store, config_id, features.quantity).frame, features.quantity)
+    frame = frame if max_rows is None else frame.iloc[:max_rows]
+    require_enough_rows(frame, configuration, features)
+    return statistics_from_rows(frame, configuration, features, block_length=block_length)
+
+
+def calibrate(
+    donors: LatencyPosterior,
+    rows: pd.DataFrame,
+    configuration: ServingConfiguration,
+    *,
+    block_length: int = DEFAULT_BLOCK_LENGTH,
+    settings: SamplerSettings | None = None,
+    seed: int = 0,
+    show_progress: bool = True,
+) -> LatencyPosterior:
+    """Calibrate a target: refit donors and target jointly on their statistics.
+
+    Parameters
+    ----------
+    donors : LatencyPosterior
+        A fit of donors; a target it may already hold is replaced.
+    rows : DataFrame
+        The target's calibration rows, validated, in time order.
+    configuration : ServingConfiguration
+        The target's.
+    block_length : int
+    settings, seed, show_progress
+        As in `fit`.
+
+    Returns
+    -------
+    LatencyPosterior
+        With `target` set.
+
+    Raises
+    ------
+    InputError
+        If the target is one of the donors, or has fewer rows than there are coefficients.
+    """
+    if configuration.config_id in donors.donors:
+        raise InputError(
+            f"target {configuration.config_id!r} is also a donor of this posterior ({', '.join(donors.donors)}); its rows would "
+            "count twice. Fit the donors without it, or predict it as it is"
+        )
+    require_enough_rows(rows, configuration, donors.feature_set)
+    own = statistics_from_rows(rows, configuration, donors.feature_set, block_length=block_length)
+    return fit(
+        [*donors.donor_statistics, own],
+        donors.feature_set,
+        donors.priors,
+        settings,
+        target=configuration.config_id,
+        seed=seed,
+        show_progress=show_progress,
+    )
+
+
+def select_rows(frame: pd.DataFrame, step_ids: Sequence[int] | np.ndarray) -> pd.DataFrame:
+    """Return the rows with the given step ids, in the frame's order.
+
+    Raises
+    ------
+    InputError
+        If an id is not in the frame.
+    """
+    wanted = np.unique(np.asarray(step_ids))
+    absent = np.setdiff1d(wanted, frame["step_id"].to_numpy())
+    if len(absent):
+        raise InputError(
+            f"{len(absent)} of {len(wanted)} selected step_id(s) are not among the usable rows, for example {absent[0]:g}"
+        )
+    return frame[frame["step_id"].isin(wanted)]

@@ -1,0 +1,151 @@
+"""Held-out accuracy and coverage, beside what any model could reach."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from hfdtl_bayes.configuration import ServingConfiguration
+from hfdtl_bayes.errors import InputError
+from hfdtl_bayes.features.response import response
+from hfdtl_bayes.model import LatencyPosterior
+from hfdtl_bayes.statistics import DEFAULT_BLOCK_LENGTH
+from hfdtl_bayes.traces import time_blocks
+
+FloatArray = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Accuracy of predictions on rows that were not used for calibration.
+
+    Attributes
+    ----------
+    rows, blocks : int
+    mape : float
+        Mean absolute percentage error of the expected value, as a fraction. For delays, over the rows that waited longer
+        than the floor only.
+    rmse_s : float
+    bias : float
+        (sum of predictions - sum of observations) / sum of observations.
+    coverage : float
+        Share of rows inside their 95 % predictive interval.
+    block_coverage : float
+        Share of time blocks whose mean lies inside its 95 % predictive interval.
+    attainable_mape : float
+        sqrt(2 / pi) times the posterior's relative error sd: what is left when the mean is known exactly.
+    by_regime : DataFrame
+        rows, mape, bias, coverage, block_coverage per regime.
+    block_errors : DataFrame
+        Per block: regime, rows, sum of absolute percentage errors: what the block bootstrap resamples.
+    """
+
+    rows: int
+    blocks: int
+    mape: float
+    rmse_s: float
+    bias: float
+    coverage: float
+    block_coverage: float
+    attainable_mape: float
+    by_regime: pd.DataFrame
+    block_errors: pd.DataFrame
+
+    def __str__(self) -> str:
+        """Return one line for a person."""
+        return (
+            f"{self.rows} held-out rows: MAPE {self.mape:.1%} (attainable {self.attainable_mape:.1%}), RMSE {self.rmse_s:.3g} s, "
+            f"bias {self.bias:+.1%}, 95 % intervals cover {self.coverage:.1%} of rows, {self.block_coverage:.1%} of blocks"
+        )
+
+
+def percentage_errors(observed: FloatArray, predicted: FloatArray) -> FloatArray:
+    """Return |predicted - observed| / observed, shape (n,)."""
+    return np.asarray(np.abs(predicted - observed) / observed)
+
+
+def evaluate(
+    posterior: LatencyPosterior,
+    frame: pd.DataFrame,
+    configuration: ServingConfiguration,
+    *,
+    block_length: int = DEFAULT_BLOCK_LENGTH,
+    seed: int = 0,
+) -> HeldOut:
+    """Compare predictions with held-out rows.
+
+    Parameters
+    ----------
+    posterior : LatencyPosterior
+    frame : DataFrame
+        Validated rows not used for calibration, in time order.
+    configuration : ServingConfiguration
+    block_length : int
+    seed : int
+
+    Raises
+    ------
+    InputError
+        If there are no rows to judge.
+    """
+    if frame.empty:
+        raise InputError(f"no held-out rows of {configuration.config_id!r} to judge; keep some regimes or blocks aside")
+    observed = response(frame, posterior.feature_set.quantity)
+    predicted = posterior.predict(frame, configuration, seed=seed)
+    blocks = time_blocks(frame, block_length)
+    block_means = posterior.predict_block_means(frame, configuration, blocks, seed=seed)
+    judged = pd.DataFrame(
+        {
+            "regime": frame["regime"].to_numpy(),
+            "block": blocks,
+            "observed": observed,
+            "mean_s": predicted["mean_s"].to_numpy(),
+            "inside": (observed >= predicted["q2.5_s"].to_numpy()) & (observed <= predicted["q97.5_s"].to_numpy()),
+        }
+    )
+    floor = posterior.feature_set.noise_floor(configuration)
+    judged["scored"] = observed > (0 if posterior.feature_set.quantity == "step_time" else floor)
+    if not judged["scored"].any():
+        raise InputError(f"no held-out row of {configuration.config_id!r} waited longer than {floor:.3g} s: nothing to judge")
+    judged["error"] = 0.0
+    scored = judged["scored"].to_numpy()
+    judged.loc[scored, "error"] = percentage_errors(observed[scored], judged["mean_s"].to_numpy()[scored])
+    means = judged.groupby("block").agg(
+        regime=("regime", "first"),
+        rows=("scored", "sum"),
+        error=("error", "sum"),
+        observed=("observed", "mean"),
+    )
+    means["inside"] = (means["observed"] >= block_means["q2.5_s"]) & (means["observed"] <= block_means["q97.5_s"])
+    draws = posterior.draws(configuration, seed)
+    error_sd = float(np.median(np.hypot(draws.sigma, draws.omega)))
+
+    def measures(rows: pd.DataFrame, block_rows: pd.DataFrame) -> dict[str, float]:
+        return {
+            "rows": len(rows),
+            "mape": rows.loc[rows["scored"], "error"].mean(),
+            "rmse_s": float(np.sqrt(np.mean((rows["mean_s"] - rows["observed"]) ** 2))),
+            "bias": rows["mean_s"].sum() / rows["observed"].sum() - 1.0,
+            "coverage": rows["inside"].mean(),
+            "block_coverage": block_rows["inside"].mean(),
+        }
+
+    overall = measures(judged, means)
+    by_regime = pd.DataFrame(
+        {r: measures(judged[judged["regime"] == r], means[means["regime"] == r]) for r in pd.unique(judged["regime"])}
+    ).T.rename_axis("regime")
+    return HeldOut(
+        rows=len(frame),
+        blocks=len(means),
+        mape=float(overall["mape"]),
+        rmse_s=float(overall["rmse_s"]),
+        bias=float(overall["bias"]),
+        coverage=float(overall["coverage"]),
+        block_coverage=float(overall["block_coverage"]),
+        attainable_mape=float(np.sqrt(2 / np.pi) * error_sd),
+        by_regime=by_regime,
+        block_errors=means[["regime", "rows", "error"]].reset_index(),
+    )
