@@ -6,7 +6,7 @@ import json
 import os
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -88,6 +88,7 @@ class LatencyPosterior:
     statistics: tuple[ConfigStatistics, ...]
     target: str | None
     seed: int
+    calibration_rows: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
 
     @property
     def config_ids(self) -> tuple[str, ...]:
@@ -303,6 +304,7 @@ class LatencyPosterior:
         for s in self.statistics:
             dataset = statistics_to_dataset(s, self.feature_set)
             tree[f"statistics/{s.config_id}"] = xr.DataTree(dataset)
+        tree["calibration"] = xr.DataTree(xr.Dataset({"row": ("calibration_row", self.calibration_rows)}))
         tree.attrs["hfdtl_bayes"] = json.dumps(self._header())
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}", suffix=".part")
         os.close(handle)
@@ -388,7 +390,13 @@ class LatencyPosterior:
             raise PosteriorFileError(f"{path}: the statistics do not match their hash; the file was altered. Fit it again")
         kept = {name: tree[name].to_dataset() for name in ("posterior", "sample_stats", "observed_data")}
         return cls(
-            xr.DataTree.from_dict(kept), features, priors, statistics, header["target"], int(header["seed"])
+            xr.DataTree.from_dict(kept),
+            features,
+            priors,
+            statistics,
+            header["target"],
+            int(header["seed"]),
+            tree["calibration"]["row"].to_numpy().astype(np.int64),
         )
 
 

@@ -7,7 +7,7 @@ from hfdtl_bayes.transfer.baselines import (
     ridge_cv,
     scratch_coefficients,
 )
-from hfdtl_bayes.transfer.calibration import calibrate, fit_donors, read_trace, select_rows, usable_rows
+from hfdtl_bayes.transfer.calibration import calibrate, fit_donors, held_out_rows, read_trace, select_rows, usable_rows
 from hfdtl_bayes.transfer.evaluation import HeldOut, evaluate
 from hfdtl_bayes.transfer.verdict import Check, Outcome, Verdict, VerdictSettings, verdict
 
@@ -23,6 +23,7 @@ __all__ = [
     "evaluate",
     "fit_donors",
     "fit_ridge_donors",
+    "held_out_rows",
     "read_trace",
     "ridge_cv",
     "scratch_coefficients",

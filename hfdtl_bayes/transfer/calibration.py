@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -12,7 +13,7 @@ from hfdtl_bayes.errors import InputError
 from hfdtl_bayes.features import FeatureSet, feature_set
 from hfdtl_bayes.model import LatencyPosterior, PriorSettings, SamplerSettings, fit
 from hfdtl_bayes.statistics import DEFAULT_BLOCK_LENGTH, ConfigStatistics, statistics_from_rows
-from hfdtl_bayes.traces import TraceStore, TraceTable, drop_warmup
+from hfdtl_bayes.traces import TraceStore, TraceTable, drop_warmup, time_blocks
 
 
 def read_trace(store: TraceStore, config_id: str, quantity: str) -> TraceTable:
@@ -148,7 +149,7 @@ def calibrate(
         )
     require_enough_rows(rows, configuration, donors.feature_set)
     own = statistics_from_rows(rows, configuration, donors.feature_set, block_length=block_length)
-    return fit(
+    fitted = fit(
         [*donors.donor_statistics, own],
         donors.feature_set,
         donors.priors,
@@ -157,6 +158,34 @@ def calibrate(
         seed=seed,
         show_progress=show_progress,
     )
+    return replace(fitted, calibration_rows=rows.index.to_numpy(dtype=np.int64))
+
+
+def held_out_rows(
+    posterior: LatencyPosterior, frame: pd.DataFrame, block_length: int = DEFAULT_BLOCK_LENGTH
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Split a target's usable rows into those it was calibrated on and those that may judge it.
+
+    A time block that holds a calibration row judges nothing: its other rows share the machine's speed with that row.
+
+    Returns
+    -------
+    calibration, held_out : DataFrame
+
+    Raises
+    ------
+    InputError
+        If no block is left to judge with.
+    """
+    used = frame.index.isin(posterior.calibration_rows)
+    blocks = time_blocks(frame, block_length)
+    aside = ~np.isin(blocks, np.unique(blocks[used]))
+    if not aside.any():
+        raise InputError(
+            f"every time block of {posterior.target!r} holds rows it was calibrated on, so none is left to judge with; calibrate on "
+            "some regimes or on the first rows only (--regimes, --max-rows)"
+        )
+    return frame[used], frame[aside]
 
 
 def select_rows(frame: pd.DataFrame, step_ids: Sequence[int] | np.ndarray) -> pd.DataFrame:
