@@ -51,8 +51,7 @@ def splits(frame: pd.DataFrame, seed: int) -> list[Split]:
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(frame))
     found = [
-        Split(f"random n={n}", frame.iloc[np.sort(order[:n])], frame.iloc[np.sort(order[max(RANDOM_N) :])])
-        for n in RANDOM_N
+        Split(f"random n={n}", frame.iloc[np.sort(order[:n])], frame.iloc[np.sort(order[max(RANDOM_N) :])]) for n in RANDOM_N
     ]
     conv = frame["regime"].str.contains("conv")
     low = frame[conv & (frame["target_concurrency"] <= 32)]

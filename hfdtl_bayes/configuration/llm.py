@@ -55,15 +55,13 @@ class LLMArchitecture(BaseModel):
         problems = []
         if self.num_attention_heads % self.num_key_value_heads:
             problems.append(
-                f"num_key_value_heads ({self.num_key_value_heads}) must divide num_attention_heads "
-                f"({self.num_attention_heads})"
+                f"num_key_value_heads ({self.num_key_value_heads}) must divide num_attention_heads ({self.num_attention_heads})"
             )
         if self.num_experts == 0 and self.num_experts_per_token > 0:
             problems.append("num_experts_per_token is given but num_experts is 0")
         if self.num_experts > 0 and not 1 <= self.num_experts_per_token <= self.num_experts:
             problems.append(
-                f"num_experts_per_token ({self.num_experts_per_token}) must lie between 1 and num_experts "
-                f"({self.num_experts})"
+                f"num_experts_per_token ({self.num_experts_per_token}) must lie between 1 and num_experts ({self.num_experts})"
             )
         if self.num_moe_layers > self.num_layers:
             problems.append(f"num_moe_layers ({self.num_moe_layers}) exceeds num_layers ({self.num_layers})")
@@ -128,9 +126,7 @@ class LLMArchitecture(BaseModel):
         layers * attention + dense layers * FFN + MoE layers * (shared experts + router).
         """
         moe = self.num_moe_layers * (self.shared_expert_params + self.router_params)
-        return (
-            self.num_layers * self.attention_params_per_layer + self.num_dense_layers * self.dense_ffn_params + moe
-        )
+        return self.num_layers * self.attention_params_per_layer + self.num_dense_layers * self.dense_ffn_params + moe
 
     @property
     def active_matmul_params(self) -> int:

@@ -80,9 +80,7 @@ class ServingConfiguration(BaseModel):
                 f"accepted are its divisors {', '.join(str(d) for d in range(1, heads + 1) if heads % d == 0)}"
             )
         if kv_heads % tp and tp % kv_heads:
-            problems.append(
-                f"engine.tensor_parallel ({tp}) and llm.num_key_value_heads ({kv_heads}): one must divide the other"
-            )
+            problems.append(f"engine.tensor_parallel ({tp}) and llm.num_key_value_heads ({kv_heads}): one must divide the other")
         if "/" in self.config_id or self.config_id in {".", ".."}:
             problems.append(f"config_id {self.config_id!r} must be usable as a folder name: no '/'")
         if problems:

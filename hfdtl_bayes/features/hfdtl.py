@@ -55,7 +55,6 @@ def _beta(interactions: bool) -> FeatureSet:
     )
 
 
-
 def _alpha(quantity: Quantity, interactions: bool) -> FeatureSet:
     features = [
         Feature(

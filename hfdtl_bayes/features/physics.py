@@ -133,9 +133,7 @@ def _padded(rows: FloatArray, tile: int) -> FloatArray:
     return np.ceil(rows / tile) * tile
 
 
-def gemm_excess_s(
-    frame: pd.DataFrame, configuration: ServingConfiguration, settings: RooflineSettings = SETTINGS
-) -> FloatArray:
+def gemm_excess_s(frame: pd.DataFrame, configuration: ServingConfiguration, settings: RooflineSettings = SETTINGS) -> FloatArray:
     """Dense GEMM time beyond the reading of the weights, in ideal compute seconds, shape (n,).
 
     For each GEMM: e_c * (smoothmax(F / (e_c P), M / (e_m W)) - M_w / (e_m W)), with F the FLOPs of the rows padded to
@@ -172,9 +170,7 @@ def expert_inclusion_probability(num_experts: int, experts_per_token: int, skew:
         high *= 2
     for _ in range(100):
         middle = 0.5 * (low + high)
-        low, high = (
-            (middle, high) if np.sum(1 - np.exp(-middle * popularity)) < experts_per_token else (low, middle)
-        )
+        low, high = (middle, high) if np.sum(1 - np.exp(-middle * popularity)) < experts_per_token else (low, middle)
     return tuple(1 - np.exp(-high * popularity))
 
 

@@ -29,9 +29,7 @@ def response(frame: pd.DataFrame, quantity: Quantity) -> NDArray[np.float64]:
     needed = ("step_time_s",) if quantity == "step_time" else _DIFFERENCES[quantity]
     missing = [c for c in needed if c not in frame.columns]
     if missing:
-        raise InputError(
-            f"{quantity} needs the column(s) {', '.join(missing)}; found {', '.join(map(str, frame.columns))}"
-        )
+        raise InputError(f"{quantity} needs the column(s) {', '.join(missing)}; found {', '.join(map(str, frame.columns))}")
     if quantity == "step_time":
         return frame["step_time_s"].to_numpy(dtype=float)
     later, earlier = needed

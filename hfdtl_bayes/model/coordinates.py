@@ -93,9 +93,7 @@ class _Geometry:
         stretch = (directions**2 * ((sd / reference_sd) ** 2)[:, :, None]).sum(axis=1)
         variance = 1.0 / (1.0 / stretch + information)
         population = (directions * (mu / reference_sd)[:, :, None]).sum(axis=1)
-        return cls(
-            mu, reference_sd, directions, variance * (target - information * population), 0.5 * pt.log(variance)
-        )
+        return cls(mu, reference_sd, directions, variance * (target - information * population), 0.5 * pt.log(variance))
 
 
 class PartialNonCentering(Transform):
@@ -134,9 +132,7 @@ def group_effects(
     def logp(value: pt.TensorVariable, mu: pt.TensorVariable, sd: pt.TensorVariable, *_: Any) -> pt.TensorVariable:
         return pm.logp(pm.Normal.dist(mu, sd), value).sum(axis=-1)
 
-    def random(
-        mu: FloatArray, sd: FloatArray, *_: Any, rng: np.random.Generator | None = None, size: Any = None
-    ) -> FloatArray:
+    def random(mu: FloatArray, sd: FloatArray, *_: Any, rng: np.random.Generator | None = None, size: Any = None) -> FloatArray:
         shape = np.shape(mu) if size is None else (*size, np.shape(mu)[-1])
         return np.asarray((rng or np.random.default_rng()).normal(mu, sd, size=shape))
 

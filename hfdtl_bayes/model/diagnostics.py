@@ -63,8 +63,6 @@ def convergence(tree: xr.DataTree, settings: ConvergenceSettings | None = None) 
     diverging = tree["sample_stats"]["diverging"]
     divergences, draws = int(diverging.sum()), int(diverging.size)
     passed = (
-        rhat <= settings.max_rhat
-        and min(bulk, tail) >= settings.min_ess
-        and divergences <= settings.max_divergent_share * draws
+        rhat <= settings.max_rhat and min(bulk, tail) >= settings.min_ess and divergences <= settings.max_divergent_share * draws
     )
     return Convergence(rhat, bulk, tail, divergences, draws, passed)

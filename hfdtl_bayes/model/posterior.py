@@ -156,9 +156,7 @@ class LatencyPosterior:
                     "the new one another config_id"
                 )
             c = self.config_ids.index(configuration.config_id)
-            return Draws(
-                self.draws_of("theta")[:, c], self.draws_of("sigma")[:, c], self.draws_of("omega")[:, c], True
-            )
+            return Draws(self.draws_of("theta")[:, c], self.draws_of("sigma")[:, c], self.draws_of("omega")[:, c], True)
         rng = np.random.default_rng(seed)
         centre = self.population_draws(configuration)
         sd = self.draws_of("tau") * deviation_scale(self.feature_set)
@@ -383,9 +381,7 @@ class LatencyPosterior:
                 f"{features.name!r} were defined otherwise; its coefficients would be misread. Fit it again"
             )
         priors = PriorSettings(**{k: PositiveRange(**v) for k, v in header["priors"].items()})
-        statistics = tuple(
-            statistics_from_dataset(tree[f"statistics/{c}"].to_dataset(inherit=False)) for c in header["configs"]
-        )
+        statistics = tuple(statistics_from_dataset(tree[f"statistics/{c}"].to_dataset(inherit=False)) for c in header["configs"])
         if input_hash(statistics) != header["input_hash"]:
             raise PosteriorFileError(f"{path}: the statistics do not match their hash; the file was altered. Fit it again")
         kept = {name: tree[name].to_dataset() for name in ("posterior", "sample_stats", "observed_data")}

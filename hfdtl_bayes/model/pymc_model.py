@@ -28,9 +28,7 @@ from hfdtl_bayes.model.priors import PositiveRange, PriorSettings, deviation_sca
 from hfdtl_bayes.statistics import ConfigStatistics, PseudoRows, pseudo_rows
 
 
-def model_data(
-    statistics: Sequence[ConfigStatistics], feature_set: FeatureSet, priors: PriorSettings
-) -> dict[str, np.ndarray]:
+def model_data(statistics: Sequence[ConfigStatistics], feature_set: FeatureSet, priors: PriorSettings) -> dict[str, np.ndarray]:
     """Return the values of every `pm.Data` of the model, by name; replace them to refit without compiling again."""
     rows: PseudoRows = pseudo_rows(statistics)
     return {
@@ -47,9 +45,7 @@ def model_data(
     }
 
 
-def build_model(
-    statistics: Sequence[ConfigStatistics], feature_set: FeatureSet, priors: PriorSettings | None = None
-) -> pm.Model:
+def build_model(statistics: Sequence[ConfigStatistics], feature_set: FeatureSet, priors: PriorSettings | None = None) -> pm.Model:
     """Build the PyMC model of several configurations.
 
     Parameters

@@ -12,8 +12,8 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
-import nutpie
 import numpy as np
+import nutpie
 import pymc as pm
 import pytensor
 import pytensor.tensor as pt
@@ -25,8 +25,8 @@ from pytensor.graph.replace import vectorize_graph
 from hfdtl_bayes.errors import ConvergenceError, InputError
 from hfdtl_bayes.features import FeatureSet
 from hfdtl_bayes.model.coordinates import reference_errors
-from hfdtl_bayes.model.progress import progress
 from hfdtl_bayes.model.priors import PriorSettings
+from hfdtl_bayes.model.progress import progress
 from hfdtl_bayes.model.pymc_model import build_model, check_statistics, model_data
 from hfdtl_bayes.statistics import ConfigStatistics
 
@@ -91,9 +91,7 @@ def _compile(model: pm.Model) -> _Compiled:
         [*(batched[values.index(v)] for v in named), *vectorized],
         mode=Mode(linker="py", optimizer="fast_compile"),
     )
-    return _Compiled(
-        model, tuple(v.name for v in values), density, constrain, tuple(v.name for v in [*named, *outputs])
-    )
+    return _Compiled(model, tuple(v.name for v in values), density, constrain, tuple(v.name for v in [*named, *outputs]))
 
 
 def _starting_point(

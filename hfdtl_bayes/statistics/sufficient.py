@@ -227,15 +227,11 @@ def statistics_from_rows(
             f"{int((~np.isfinite(observed)).sum())} of {len(frame)} rows; drop unfinished requests first"
         )
     floor = feature_set.noise_floor(configuration)
-    coefficients = (
-        pilot_coefficients(design, observed, feature_set, configuration) if pilot is None else np.asarray(pilot, float)
-    )
+    coefficients = pilot_coefficients(design, observed, feature_set, configuration) if pilot is None else np.asarray(pilot, float)
     scale = row_scale(design, coefficients, floor)
     scaled = np.column_stack([design, observed]) / scale[:, None]
     blocks = time_blocks(frame, block_length)
-    strata = [
-        Stratum(m, len(r), triangle_of(r)) for m, r in sorted(split_blocks(scaled, blocks), key=lambda item: item[0])
-    ]
+    strata = [Stratum(m, len(r), triangle_of(r)) for m, r in sorted(split_blocks(scaled, blocks), key=lambda item: item[0])]
     return ConfigStatistics(
         configuration=configuration,
         feature_set=feature_set.name,

@@ -89,7 +89,5 @@ REQUEST_SCHEMA: tuple[Column, ...] = (
 def schema_table(schema: tuple[Column, ...]) -> str:
     """Return a schema as a Markdown table."""
     lines = ["| column | unit | required | meaning | derived where absent |", "|---|---|---|---|---|"]
-    lines += [
-        f"| {c.name} | {c.unit} | {'yes' if c.required else ''} | {c.meaning} | {c.derivation} |" for c in schema
-    ]
+    lines += [f"| {c.name} | {c.unit} | {'yes' if c.required else ''} | {c.meaning} | {c.derivation} |" for c in schema]
     return "\n".join(lines)

@@ -58,9 +58,7 @@ def time_blocks(frame: pd.DataFrame, block_length: int) -> NDArray[np.int64]:
     return np.cumsum(change).astype(np.int64)
 
 
-def split_by_regime(
-    frame: pd.DataFrame, calibration_regimes: Collection[str]
-) -> tuple[pd.DataFrame, pd.DataFrame]:
+def split_by_regime(frame: pd.DataFrame, calibration_regimes: Collection[str]) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Split into (rows of the given regimes, all others).
 
     Raises
@@ -81,9 +79,7 @@ def split_by_regime(
     return frame[inside], frame[~inside]
 
 
-def split_by_blocks(
-    frame: pd.DataFrame, held_out_fraction: float, block_length: int
-) -> tuple[pd.DataFrame, pd.DataFrame]:
+def split_by_blocks(frame: pd.DataFrame, held_out_fraction: float, block_length: int) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Split into (calibration, held-out) rows, holding out the last blocks of every regime.
 
     Raises

@@ -49,9 +49,7 @@ def read_table(path: str | os.PathLike[str]) -> pd.DataFrame:
         ) from None
 
 
-def read_steps(
-    path: str | os.PathLike[str], configuration: ServingConfiguration, *, observed: bool = True
-) -> TraceTable:
+def read_steps(path: str | os.PathLike[str], configuration: ServingConfiguration, *, observed: bool = True) -> TraceTable:
     """Read and validate engine steps; parameters and errors as `read_table` and `validate_steps`."""
     return validate_steps(read_table(path), configuration, path, observed=observed)
 

@@ -103,9 +103,7 @@ class TraceTable:
         return target
 
 
-def _require_columns(
-    frame: pd.DataFrame, schema: Sequence[Column], source: Path, optional: Sequence[str] = ()
-) -> None:
+def _require_columns(frame: pd.DataFrame, schema: Sequence[Column], source: Path, optional: Sequence[str] = ()) -> None:
     missing = [c for c in schema if c.required and c.name not in frame.columns and c.name not in optional]
     if not missing:
         return
@@ -114,9 +112,7 @@ def _require_columns(
     for column in missing:
         near = difflib.get_close_matches(column.name, found, n=1, cutoff=0.6)
         parts.append(f"{column.name} [{column.unit}]" + (f" (rename {near[0]}?)" if near else ""))
-    raise InputError(
-        f"{source}: missing required column(s) {', '.join(parts)}; found {', '.join(found)}. Times are in seconds"
-    )
+    raise InputError(f"{source}: missing required column(s) {', '.join(parts)}; found {', '.join(found)}. Times are in seconds")
 
 
 def _convert(frame: pd.DataFrame, schema: Sequence[Column], source: Path) -> pd.DataFrame:
@@ -244,9 +240,7 @@ def _check_units(frame: pd.DataFrame, configuration: ServingConfiguration, sourc
             )
     median = float(np.median(time))
     ratio = median / floor
-    if median > SETTINGS.longest_median_step_s or (
-        median > SETTINGS.shortest_suspect_s and ratio > SETTINGS.slowest_floor_ratio
-    ):
+    if median > SETTINGS.longest_median_step_s or (median > SETTINGS.shortest_suspect_s and ratio > SETTINGS.slowest_floor_ratio):
         raise InputError(
             f"{source}: the median step_time_s is {median:.3g} s, {ratio:.3g} times the time to read the weights. These "
             "look like milliseconds or microseconds given as seconds; divide by 1e3 or 1e6"

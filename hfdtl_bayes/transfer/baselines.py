@@ -128,9 +128,7 @@ def calibrate_ridge(recipe: RidgeRecipe, frame: pd.DataFrame, configuration: Ser
     return RidgeRecipe(recipe.features, recipe.donors, ridge_cv(residual, left))
 
 
-def scratch_coefficients(
-    frame: pd.DataFrame, configuration: ServingConfiguration, features: FeatureSet
-) -> FloatArray:
+def scratch_coefficients(frame: pd.DataFrame, configuration: ServingConfiguration, features: FeatureSet) -> FloatArray:
     """Fit a configuration alone: non-negative least squares of relative errors, no donors and no prior.
 
     Minimises sum ((y - X w) / max(X w, floor))^2 over w >= 0, with the scale from the iteration before, until it changes by

@@ -92,9 +92,7 @@ def fit_donors(
     if repeated:
         raise InputError(f"donor(s) listed twice: {', '.join(repeated)}; list each once")
     chosen = feature_set(features, quantity)
-    statistics = [
-        _statistics(store, d, chosen, max_rows=max_rows, block_length=block_length) for d in donors
-    ]
+    statistics = [_statistics(store, d, chosen, max_rows=max_rows, block_length=block_length) for d in donors]
     return fit(statistics, chosen, priors, settings, seed=seed, show_progress=show_progress)
 
 

@@ -80,9 +80,7 @@ class Verdict:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the verdict as plain data for JSON."""
-        held = {
-            k: v for k, v in asdict(self.held_out).items() if not isinstance(v, pd.DataFrame)
-        }
+        held = {k: v for k, v in asdict(self.held_out).items() if not isinstance(v, pd.DataFrame)}
         held["by_regime"] = self.held_out.by_regime.reset_index().to_dict(orient="records")
         return {
             "config_id": self.config_id,
