@@ -1,1 +1,115 @@
-"""Bayesian hierarchical calibration of LLM serving latency."""
+"""Bayesian transfer of LLM serving latency models: from vLLM traces to BLIS coefficients with error bars.
+
+The verbs of the command line under their Python names: `fit_donors`, `calibrate`, `LatencyPosterior.predict`, `verdict`,
+`blis_vectors` (export), `run_demo`. Names load on first use, so that importing the package costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hfdtl_bayes.cli.demo import run_demo
+    from hfdtl_bayes.configuration import ServingConfiguration, configuration_from_huggingface, gpu, read_configuration
+    from hfdtl_bayes.errors import HfdtlError
+    from hfdtl_bayes.export import blis_flags, blis_vectors, blis_yaml
+    from hfdtl_bayes.features import Feature, FeatureSet, feature_set, operating_points, register_feature_set
+    from hfdtl_bayes.model import LatencyPosterior, PriorSettings, SamplerSettings, fit
+    from hfdtl_bayes.sample import sample_store_path
+    from hfdtl_bayes.statistics import statistics_from_rows
+    from hfdtl_bayes.traces import TraceStore, read_requests, read_steps, write_store
+    from hfdtl_bayes.transfer import VerdictSettings, calibrate, evaluate, fit_donors, held_out_rows, verdict
+
+__version__: str
+
+# Where each public name lives; kept equal to the imports above by a test.
+_HOME = {
+    "Feature": "features",
+    "FeatureSet": "features",
+    "HfdtlError": "errors",
+    "LatencyPosterior": "model",
+    "PriorSettings": "model",
+    "SamplerSettings": "model",
+    "ServingConfiguration": "configuration",
+    "TraceStore": "traces",
+    "VerdictSettings": "transfer",
+    "blis_flags": "export",
+    "blis_vectors": "export",
+    "blis_yaml": "export",
+    "calibrate": "transfer",
+    "configuration_from_huggingface": "configuration",
+    "evaluate": "transfer",
+    "feature_set": "features",
+    "fit": "model",
+    "fit_donors": "transfer",
+    "gpu": "configuration",
+    "held_out_rows": "transfer",
+    "operating_points": "features",
+    "read_configuration": "configuration",
+    "read_requests": "traces",
+    "read_steps": "traces",
+    "register_feature_set": "features",
+    "run_demo": "cli.demo",
+    "sample_store_path": "sample",
+    "statistics_from_rows": "statistics",
+    "verdict": "transfer",
+    "write_store": "traces",
+}
+
+__all__ = [
+    "Feature",
+    "FeatureSet",
+    "HfdtlError",
+    "LatencyPosterior",
+    "PriorSettings",
+    "SamplerSettings",
+    "ServingConfiguration",
+    "TraceStore",
+    "VerdictSettings",
+    "__version__",
+    "blis_flags",
+    "blis_vectors",
+    "blis_yaml",
+    "calibrate",
+    "configuration_from_huggingface",
+    "evaluate",
+    "feature_set",
+    "fit",
+    "fit_donors",
+    "gpu",
+    "held_out_rows",
+    "operating_points",
+    "read_configuration",
+    "read_requests",
+    "read_steps",
+    "register_feature_set",
+    "run_demo",
+    "sample_store_path",
+    "statistics_from_rows",
+    "verdict",
+    "write_store",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Load a public name from its room on first use."""
+    value: Any
+    if name == "__version__":
+        from importlib.metadata import PackageNotFoundError, version  # noqa: PLC0415  (loaded on first use)
+
+        try:
+            value = version("hfdtl-bayes")
+        except PackageNotFoundError:
+            value = "unknown"
+    elif name in _HOME:
+        value = getattr(importlib.import_module(f"hfdtl_bayes.{_HOME[name]}"), name)
+    else:
+        raise AttributeError(f"module 'hfdtl_bayes' has no attribute {name!r}; public are {', '.join(__all__)}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """Return the public names, loaded or not."""
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,132 @@
+"""`fit` and `calibrate`: traces in, a posterior file out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from hfdtl_bayes.cli.options import CHAINS, DRAWS, TUNE, AsJson, Chains, Draws, PosteriorFile, Seed, Store, Tune, names_in
+from hfdtl_bayes.cli.output import check_file, say, show, table_text, writing
+
+if TYPE_CHECKING:
+    from hfdtl_bayes.cli.traces import WatchedStore
+    from hfdtl_bayes.model import LatencyPosterior
+
+
+def fit(
+    store: Store,
+    donors: Annotated[str, typer.Option("--donors", help="config_ids of the donors, separated by commas.")],
+    out: Annotated[Path, typer.Option("--out", help="Posterior file to write (netCDF).")],
+    quantity: Annotated[
+        str, typer.Option("--quantity", help="step_time, queue_delay (scheduled - queued) or api_delay (queued - arrival).")
+    ] = "step_time",
+    features: Annotated[
+        str, typer.Option("--features", help="Feature set: roofline, hfdtl, blis-physics, blis-blackbox or a registered one.")
+    ] = "roofline",
+    max_rows: Annotated[int | None, typer.Option("--max-rows", min=1, help="First rows of each donor to use.")] = None,
+    draws: Draws = DRAWS,
+    tune: Tune = TUNE,
+    chains: Chains = CHAINS,
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Fit the population of configurations to donors with rich traces."""
+    from hfdtl_bayes.cli.traces import WatchedStore  # noqa: PLC0415  (PyMC loads on first use)
+    from hfdtl_bayes.model import SamplerSettings  # noqa: PLC0415
+    from hfdtl_bayes.transfer import fit_donors  # noqa: PLC0415
+
+    check_file(out)
+    watched = WatchedStore(store)
+    posterior = fit_donors(
+        watched,
+        names_in(donors),
+        features,
+        quantity,
+        max_rows=max_rows,
+        settings=SamplerSettings(draws=draws, tune=tune, chains=chains),
+        seed=seed,
+    )
+    _finish(posterior, watched, out, "population", as_json=as_json)
+
+
+def calibrate(
+    posterior_file: PosteriorFile,
+    store: Store,
+    config: Annotated[str, typer.Option("--config", help="config_id of the target in the store.")],
+    out: Annotated[Path, typer.Option("--out", help="Posterior file to write (netCDF).")],
+    max_rows: Annotated[
+        int | None, typer.Option("--max-rows", min=1, help="Use the first rows only, of those chosen otherwise.")
+    ] = None,
+    rows: Annotated[
+        Path | None, typer.Option("--rows", help="Table with the step_id (delays: request_id) of each row to use.")
+    ] = None,
+    regimes: Annotated[str | None, typer.Option("--regimes", help="Regimes to use, separated by commas.")] = None,
+    draws: Draws = DRAWS,
+    tune: Tune = TUNE,
+    chains: Chains = CHAINS,
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Calibrate a target: a few of its rows, with the donors' posterior as its prior."""
+    from hfdtl_bayes.cli.traces import WatchedStore, calibration_rows  # noqa: PLC0415  (PyMC loads on first use)
+    from hfdtl_bayes.model import LatencyPosterior, SamplerSettings  # noqa: PLC0415
+    from hfdtl_bayes.transfer import calibrate as calibrate_target  # noqa: PLC0415
+    from hfdtl_bayes.transfer import read_trace, usable_rows  # noqa: PLC0415
+
+    check_file(out, (posterior_file, rows))
+    donors = LatencyPosterior.load(posterior_file)
+    quantity = donors.feature_set.quantity
+    watched = WatchedStore(store)
+    frame = usable_rows(read_trace(watched, config, quantity).frame, quantity)
+    chosen = calibration_rows(frame, quantity, regimes=names_in(regimes), selection=rows, max_rows=max_rows)
+    posterior = calibrate_target(
+        donors,
+        chosen,
+        watched.configuration(config),
+        settings=SamplerSettings(draws=draws, tune=tune, chains=chains),
+        seed=seed,
+    )
+    _finish(posterior, watched, out, config, as_json=as_json)
+
+
+def _finish(posterior: LatencyPosterior, watched: WatchedStore, out: Path, described: str, *, as_json: bool) -> None:
+    """Save a posterior, account for rejected rows, and show what was found."""
+    from hfdtl_bayes.cli.traces import write_rejected  # noqa: PLC0415  (PyMC loads on first use)
+
+    with writing(out):
+        posterior.save(out)
+        rejected = write_rejected(watched.tables, out)
+    convergence = posterior.convergence()
+    if not convergence.passed:
+        say(f"warning: {convergence}. Conclude nothing from these draws; raise --draws and --tune")
+    every = posterior.coefficient_table()
+    table = every[every["config"] == described].drop(columns="config")
+    used = {s.config_id: s.rows for s in posterior.statistics}
+    result: dict[str, Any] = {
+        "out": out,
+        "quantity": posterior.feature_set.quantity,
+        "features": posterior.feature_set.name,
+        "donors": posterior.donors,
+        "target": posterior.target,
+        "rows": used,
+        **rejected,
+        "seed": posterior.seed,
+        "input_hash": posterior.input_hash,
+        "convergence": {
+            "passed": convergence.passed,
+            "rhat": convergence.rhat,
+            "ess_bulk": convergence.ess_bulk,
+            "ess_tail": convergence.ess_tail,
+            "divergences": convergence.divergences,
+            "draws": convergence.draws,
+        },
+        "coefficients": table.to_dict(orient="records"),
+    }
+    kind = f"{posterior.feature_set.quantity}, features {posterior.feature_set.name}"
+    text = (
+        f"{table_text(table, f'{kind}: coefficients of {described}')}\n"
+        f"rows: {', '.join(f'{c} {n}' for c, n in used.items())}\n{convergence}\nwrote {out}"
+    )
+    show(result, text, as_json=as_json)

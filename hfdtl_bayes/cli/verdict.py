@@ -1,0 +1,83 @@
+"""`verdict`: whether a target's coefficients may be used."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Annotated, Any
+
+import typer
+
+from hfdtl_bayes.cli.options import AsJson, PosteriorFile, Seed, Store
+from hfdtl_bayes.cli.output import show
+from hfdtl_bayes.errors import InputError
+
+SAYS_NO = 1
+
+
+def verdict(
+    posterior_file: PosteriorFile,
+    store: Store,
+    config: Annotated[
+        str | None, typer.Option("--config", help="config_id of the target; by default the calibrated one.")
+    ] = None,
+    gate: Annotated[bool, typer.Option("--gate", help="Exit with code 1 unless the verdict is accept.")] = False,
+    mape_limit: Annotated[
+        float | None, typer.Option("--mape-limit", min=0.0, help="Held-out MAPE to stay below, as a fraction [0.1].")
+    ] = None,
+    attainable_slack: Annotated[
+        float | None,
+        typer.Option(
+            "--attainable-slack", min=0.0, help="Where noise alone exceeds the limit: multiple of the attainable [1.3]."
+        ),
+    ] = None,
+    min_probability: Annotated[
+        float | None,
+        typer.Option("--min-probability", min=0.0, max=1.0, help="Probability needed of a MAPE below the limit [0.9]."),
+    ] = None,
+    min_coverage: Annotated[
+        float | None, typer.Option("--min-coverage", min=0.0, max=1.0, help="Share of rows needed in their 95 % interval [0.85].")
+    ] = None,
+    conflict_z: Annotated[
+        float | None, typer.Option("--conflict-z", min=0.0, help="Group sds beyond which a coefficient is no kin of donors [4].")
+    ] = None,
+    bootstrap: Annotated[int | None, typer.Option("--bootstrap", min=10, help="Resamples of time blocks [1000].")] = None,
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Judge a calibrated target on the rows of the store that it was not calibrated on."""
+    from hfdtl_bayes.cli.traces import WatchedStore  # noqa: PLC0415  (PyMC loads on first use)
+    from hfdtl_bayes.model import LatencyPosterior  # noqa: PLC0415
+    from hfdtl_bayes.transfer import VerdictSettings, held_out_rows, read_trace, usable_rows  # noqa: PLC0415
+    from hfdtl_bayes.transfer import verdict as judge  # noqa: PLC0415
+
+    thresholds: dict[str, Any] = {
+        "mape_limit": mape_limit,
+        "attainable_slack": attainable_slack,
+        "min_probability": min_probability,
+        "min_coverage": min_coverage,
+        "conflict_z": conflict_z,
+        "bootstrap": bootstrap,
+    }
+    settings = VerdictSettings(**{k: v for k, v in thresholds.items() if v is not None})
+    posterior = LatencyPosterior.load(posterior_file)
+    if posterior.target is None:
+        raise InputError(f"{posterior_file} holds donors and no calibrated target; run calibrate first")
+    if config not in (None, posterior.target):
+        raise InputError(f"{posterior_file} is calibrated for {posterior.target!r}, not {config!r}; calibrate {config!r} first")
+    quantity = posterior.feature_set.quantity
+    watched = WatchedStore(store)
+    configuration = watched.configuration(posterior.target)
+    frame = usable_rows(read_trace(watched, posterior.target, quantity).frame, quantity)
+    calibration, held_out = held_out_rows(posterior, frame)
+    found = judge(posterior, held_out, configuration, settings, calibration_rows=calibration, seed=seed)
+    result = {
+        **found.as_dict(),
+        "accepted": found.accepted,
+        "quantity": quantity,
+        "rejected_rows": sum(len(t.rejected) for t in watched.tables),
+        "settings": asdict(settings),
+        "seed": seed,
+    }
+    show(result, f"{found}\n  {found.held_out}", as_json=as_json)
+    if gate and not found.accepted:
+        raise typer.Exit(SAYS_NO)
