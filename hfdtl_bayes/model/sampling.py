@@ -222,6 +222,9 @@ def _run(
         except RuntimeError as error:
             raise ConvergenceError(f"the sampler could not run: {error}. Check the statistics and the priors") from error
     x = trace["posterior"]["x"].to_numpy()
+    if x.shape[:2] != (settings.chains, settings.draws):
+        # nutpie answers Ctrl-C by returning the draws made so far.
+        raise KeyboardInterrupt
     flat = x.reshape(-1, x.shape[-1])
     arrays = compiled.constrain(*(flat[:, s].reshape(-1, *shape) for s, shape in zip(slices, shapes, strict=True)))
     return _to_tree(compiled, statistics, feature_set, trace, arrays, data, settings)
