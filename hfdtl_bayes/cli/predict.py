@@ -85,6 +85,7 @@ def _read(path: Path, configuration: ServingConfiguration, quantity: str) -> Tra
     from hfdtl_bayes.cli.output import say  # noqa: PLC0415
     from hfdtl_bayes.traces import read_requests, read_steps  # noqa: PLC0415  (loaded on first use)
 
-    table = read_steps(path, configuration, observed=False) if quantity == "step_time" else read_requests(path, configuration)
+    read = read_steps if quantity == "step_time" else read_requests
+    table = read(path, configuration, observed=False)
     say(table.summary())
     return table

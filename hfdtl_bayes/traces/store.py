@@ -54,9 +54,9 @@ def read_steps(path: str | os.PathLike[str], configuration: ServingConfiguration
     return validate_steps(read_table(path), configuration, path, observed=observed)
 
 
-def read_requests(path: str | os.PathLike[str], configuration: ServingConfiguration) -> TraceTable:
-    """Read and validate request journeys; raises as `read_table` and `validate_requests`."""
-    return validate_requests(read_table(path), configuration, path)
+def read_requests(path: str | os.PathLike[str], configuration: ServingConfiguration, *, observed: bool = True) -> TraceTable:
+    """Read and validate request journeys; parameters and errors as `read_table` and `validate_requests`."""
+    return validate_requests(read_table(path), configuration, path, observed=observed)
 
 
 class TraceStore:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -300,26 +301,35 @@ def validate_steps(
 
 
 def validate_requests(
-    frame: pd.DataFrame, configuration: ServingConfiguration, source: str | os.PathLike[str] = "requests"
+    frame: pd.DataFrame,
+    configuration: ServingConfiguration,
+    source: str | os.PathLike[str] = "requests",
+    *,
+    observed: bool = True,
 ) -> TraceTable:
     """Validate request journeys; parameters, result and errors as `validate_steps`.
 
     Requests that did not finish are kept. A request scheduled before it was queued, or queued before it arrived, by
-    more than a millisecond is rejected: its clocks do not agree.
+    more than a millisecond is rejected: its clocks do not agree. With `observed` false, for requests to predict, the clocks
+    and `request_id` may be absent and the clocks are not judged.
     """
     source = Path(source)
     if frame.empty:
         raise InputError(f"{source}: no rows; a request table needs at least one request")
-    _require_columns(frame, REQUEST_SCHEMA, source)
-    converted = _convert(frame, REQUEST_SCHEMA, source)
+    clocks = ("arrival_s", "queued_s", "scheduled_s", "first_token_s", "finished_s")
+    _require_columns(frame, REQUEST_SCHEMA, source, () if observed else ("request_id", *clocks))
+    schema = REQUEST_SCHEMA if observed else tuple(c for c in REQUEST_SCHEMA if c.name not in clocks)
+    converted = _convert(frame, schema, source)
     derived = []
     if "regime" not in converted.columns:
         converted["regime"] = "all"
         derived.append("regime = 'all'")
-    bad = _range_problems(converted, REQUEST_SCHEMA)
+    if "request_id" not in converted.columns:
+        converted["request_id"] = np.arange(len(converted)).astype(str)
+    bad = _range_problems(converted, schema)
     tolerance = 1e-3
-    for earlier, later in (("arrival_s", "queued_s"), ("queued_s", "scheduled_s"), ("scheduled_s", "first_token_s"), ("first_token_s", "finished_s")):  # fmt: skip
+    for earlier, later in itertools.pairwise(clocks) if observed else ():
         if earlier in converted.columns and later in converted.columns:
             bad.append((f"{later} is before {earlier}", (converted[later] < converted[earlier] - tolerance).to_numpy()))
     bad.append(("request_id occurs before in the file", converted["request_id"].duplicated().to_numpy()))
-    return _assemble(frame, converted, bad, derived, REQUEST_SCHEMA, source)
+    return _assemble(frame, converted, bad, derived, schema, source)
