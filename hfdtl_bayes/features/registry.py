@@ -7,19 +7,45 @@ from hfdtl_bayes.features import blis, hfdtl, roofline
 from hfdtl_bayes.features.feature import QUANTITIES, FeatureSet
 
 _SETS: dict[tuple[str, str], FeatureSet] = {}
+_OWN: set[tuple[str, str]] = set()
 
 
-def register_feature_set(feature_set: FeatureSet) -> FeatureSet:
+def register_feature_set(feature_set: FeatureSet, *, replace: bool = False) -> FeatureSet:
     """Make a feature set available by name to `fit` and to the command line.
+
+    Parameters
+    ----------
+    feature_set : FeatureSet
+    replace : bool
+        True to put it in the place of a user's set of the same name and quantity, as when a notebook cell is run again.
+
+    Returns
+    -------
+    FeatureSet
+        The one given, so that a definition can be registered where it stands.
 
     Raises
     ------
     InputError
-        If another set of that name and quantity is registered.
+        If its quantity is unknown, or another set of that name and quantity is registered: one of the package's own, which
+        cannot be replaced, or a user's and `replace` is False.
     """
+    if feature_set.quantity not in QUANTITIES:
+        raise InputError(
+            f"feature set {feature_set.name!r} explains {feature_set.quantity!r}; accepted quantities are {', '.join(QUANTITIES)}"
+        )
     key = (feature_set.name, feature_set.quantity)
     if _SETS.get(key, feature_set) is not feature_set:
-        raise InputError(f"a feature set {feature_set.name!r} for {feature_set.quantity} exists; choose another name")
+        if key in _OWN:
+            raise InputError(
+                f"{feature_set.name!r} for {feature_set.quantity} is a feature set of this package and stays as it is; choose "
+                "another name"
+            )
+        if not replace:
+            raise InputError(
+                f"a feature set {feature_set.name!r} for {feature_set.quantity} exists; choose another name, or register it with "
+                "replace=True"
+            )
     _SETS[key] = feature_set
     return feature_set
 
@@ -54,3 +80,4 @@ for _set in (
     blis.BLACKBOX,
 ):
     register_feature_set(_set)
+    _OWN.add((_set.name, _set.quantity))

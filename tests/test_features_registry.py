@@ -1,0 +1,82 @@
+"""Feature sets by name: the package's own, a user's, and names nobody registered."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from hfdtl_bayes.errors import InputError, UnknownNameError
+from hfdtl_bayes.features import FeatureSet, feature_set, feature_set_names, register_feature_set, registry
+
+
+@pytest.fixture
+def mine() -> Iterator[FeatureSet]:
+    """A user's feature set: the blackbox features under another name; forgotten after the test."""
+    yield replace(feature_set("blis-blackbox"), name="mine")
+    registry._SETS.pop(("mine", "step_time"), None)
+
+
+def test_the_sets_that_the_documents_name_exist() -> None:
+    assert set(feature_set_names()) == {"roofline", "hfdtl", "hfdtl-interactions", "blis-physics", "blis-blackbox"}
+    for quantity in ("queue_delay", "api_delay"):
+        assert set(feature_set_names(quantity)) == {"roofline", "hfdtl", "hfdtl-interactions"}
+        assert feature_set("roofline", quantity).quantity == quantity
+
+
+def test_the_default_comes_first() -> None:
+    assert feature_set_names()[0] == "roofline"
+
+
+def test_unknown_names_list_the_known() -> None:
+    with pytest.raises(UnknownNameError, match=r"rooflin'.*roofline, hfdtl"):
+        feature_set("rooflin")
+    with pytest.raises(UnknownNameError, match=r"known are step_time, queue_delay, api_delay"):
+        feature_set("roofline", "speed")
+    with pytest.raises(UnknownNameError, match="blis-physics"):
+        feature_set("blis-physics", "queue_delay")
+
+
+def test_a_user_s_set_is_found_by_name(mine: FeatureSet) -> None:
+    assert register_feature_set(mine) is mine
+    assert feature_set("mine") is mine
+    assert "mine" in feature_set_names()
+    register_feature_set(mine)
+
+
+def test_a_name_is_taken_once_unless_replaced_on_purpose(mine: FeatureSet) -> None:
+    register_feature_set(mine)
+    again = replace(mine, description="second thoughts")
+    with pytest.raises(InputError, match="replace=True"):
+        register_feature_set(again)
+    assert feature_set("mine") is mine
+    register_feature_set(again, replace=True)
+    assert feature_set("mine") is again
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_the_package_s_own_sets_cannot_be_replaced(force: bool) -> None:
+    own = feature_set("roofline")
+    with pytest.raises(InputError, match="stays as it is"):
+        register_feature_set(replace(own, description="other"), replace=force)
+    assert feature_set("roofline") is own
+
+
+def test_an_unknown_quantity_is_refused(mine: FeatureSet) -> None:
+    with pytest.raises(InputError, match="accepted quantities"):
+        register_feature_set(replace(mine, quantity="speed"))
+
+
+def test_a_set_needs_unique_names_and_a_constant(mine: FeatureSet) -> None:
+    with pytest.raises(InputError, match="repeated: constant"):
+        replace(mine, features=(*mine.features, mine["constant"]))
+    with pytest.raises(InputError, match="'constant'"):
+        replace(mine, features=mine.base)
+
+
+def test_references_are_positive_constants() -> None:
+    for name in feature_set_names():
+        assert (feature_set(name).references > 0).all()
+        assert np.isfinite(feature_set(name).references).all()
