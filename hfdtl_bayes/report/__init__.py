@@ -1,5 +1,30 @@
-"""Figures and summaries of fits."""
+"""Figures, comparisons and self-contained pages of fits."""
 
-from hfdtl_bayes.report.figures import accuracy_figure, block_mean_figure, coefficient_figure, save_figure
+from hfdtl_bayes.report.comparison import ALL, METHODS, Comparison, block_means, compare, mape_by_regime
+from hfdtl_bayes.report.figures import (
+    accuracy_figure,
+    block_mean_figure,
+    coefficient_figure,
+    coefficient_intervals,
+    figure_svg,
+    save_figure,
+)
+from hfdtl_bayes.report.summary import TargetSummary, answer, summary_page
 
-__all__ = ["accuracy_figure", "block_mean_figure", "coefficient_figure", "save_figure"]
+__all__ = [
+    "ALL",
+    "METHODS",
+    "Comparison",
+    "TargetSummary",
+    "accuracy_figure",
+    "answer",
+    "block_mean_figure",
+    "block_means",
+    "coefficient_figure",
+    "coefficient_intervals",
+    "compare",
+    "figure_svg",
+    "mape_by_regime",
+    "save_figure",
+    "summary_page",
+]
