@@ -4,173 +4,315 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+import re
+import reprlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from hfdtl_bayes.configuration.hardware import Hardware, gpu
 from hfdtl_bayes.configuration.llm import LLMArchitecture
-from hfdtl_bayes.configuration.serving import ServingConfiguration, configuration_from_mapping
+from hfdtl_bayes.configuration.quantities import LARGEST_COUNT
+from hfdtl_bayes.configuration.serving import ServingConfiguration, configuration_from_mapping, explain
+from hfdtl_bayes.configuration.vllm_arguments import Arguments, count, engine_settings, parse_arguments, quantity
+from hfdtl_bayes.configuration.weight_formats import dtype_name, kv_bytes_per_element, weight_bytes_per_param
 from hfdtl_bayes.errors import InputError, MissingInputError
 
-# vLLM flags that change latency, with the engine field they set. Any other flag is kept as text.
-_FLAGS: Mapping[str, str] = {
-    "tensor-parallel-size": "tensor_parallel",
-    "tp": "tensor_parallel",
-    "data-parallel-size": "data_parallel",
-    "dp": "data_parallel",
-    "max-num-seqs": "max_num_seqs",
-    "max-num-batched-tokens": "max_num_batched_tokens",
-    "dtype": "dtype",
-    "enable-prefix-caching": "prefix_caching",
-    "enable-chunked-prefill": "chunked_prefill",
-    "enable-expert-parallel": "expert_parallel",
-}
-_BOOLEAN = {"prefix_caching", "chunked_prefill", "expert_parallel"}
-_DTYPE_BYTES = {"bfloat16": 2.0, "float16": 2.0, "half": 2.0, "float32": 4.0, "float": 4.0, "auto": 2.0}
-# Bytes per parameter of a quantised weight; 4-bit formats carry one 16-bit scale per group of 128.
-_QUANTISED_BYTES = {"fp8": 1.0, "int8": 1.0, "compressed-tensors": 1.0, "modelopt": 1.0, "awq": 0.5 + 2 / 128, "gptq": 0.5 + 2 / 128, "mxfp4": 0.5 + 1 / 32, "bitsandbytes": 0.5 + 2 / 64}  # fmt: skip
+# Where a multimodal model keeps the description of its language model.
+_NESTED = ("text_config", "llm_config", "language_config")
+# One quantity, as the families call it; the first that is present counts.
+_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+_HIDDEN = ("hidden_size", "n_embd", "d_model")
+_HEADS = ("num_attention_heads", "n_head", "n_heads")
+_KV_HEADS = ("num_key_value_heads", "num_kv_heads", "n_head_kv", "multi_query_group_num")
+_FFN = ("intermediate_size", "ffn_hidden_size", "ffn_dim", "n_inner")
+_VOCABULARY = ("vocab_size", "padded_vocab_size")
+_CONTEXT = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length")
+_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+_TOP_K = ("num_experts_per_tok", "num_experts_per_token", "experts_per_token", "moe_topk", "moe_top_k", "moe_k")
+# Families whose FFN is two matrices without a gate, four times as wide as the model unless told otherwise.
+_WITHOUT_GATE = frozenset(
+    {"bloom", "falcon", "gpt2", "gpt_bigcode", "gpt_neox", "gptj", "mpt", "nemotron", "opt", "phi"}
+    | {"RefinedWebModel", "starcoder2"}
+)
+# Families that share embedding and output head unless `tie_word_embeddings` says otherwise; the others do not.
+_TIED = frozenset(
+    {"bloom", "cohere", "cohere2", "falcon", "gemma", "gemma2", "gemma3", "gemma3_text", "gpt2", "gpt_bigcode", "mpt", "opt"}
+    | {"RefinedWebModel"}
+)
 
-# Defaults of the vLLM server (V1 engine, 0.10 and later) on a data-centre GPU.
-_ENGINE_DEFAULTS: Mapping[str, Any] = {
-    "name": "vllm", "tensor_parallel": 1, "data_parallel": 1, "expert_parallel": False, "max_num_seqs": 256,
-    "max_num_batched_tokens": 8192, "prefix_caching": True, "chunked_prefill": True, "cpu_offload": False,
-}  # fmt: skip
-
-
-def _flags(arguments: Mapping[str, Any] | Sequence[str]) -> dict[str, Any]:
-    if isinstance(arguments, Mapping):
-        return {str(k).lstrip("-").replace("_", "-"): v for k, v in arguments.items()}
-    flags: dict[str, Any] = {}
-    items = list(arguments)
-    i = 0
-    while i < len(items):
-        item = items[i]
-        if not item.startswith("-"):
-            raise InputError(f"vLLM arguments: expected a flag beginning with '-', found {item!r}")
-        name, _, value = item.lstrip("-").partition("=")
-        if value:
-            flags[name.replace("_", "-")] = value
-        elif i + 1 < len(items) and not items[i + 1].startswith("-"):
-            i += 1
-            flags[name.replace("_", "-")] = items[i]
-        else:
-            flags[name.replace("_", "-")] = True
-        i += 1
-    return flags
+DEFAULT_CONTEXT_TOKENS = 4096
+DEFAULT_BLOCK_SIZE = 16
+DEFAULT_GPU_MEMORY_UTILIZATION = 0.9
+"""vLLM's defaults where neither `config.json` nor an argument says."""
 
 
-def _number(flags: Mapping[str, Any], name: str, kind: type) -> Any:
-    try:
-        return kind(flags[name])
-    except (TypeError, ValueError):
-        raise InputError(f"vLLM argument --{name}: expected a number, found {flags[name]!r}") from None
+class _Keys:
+    """The keys of a `config.json`, read with their types checked; null counts as absent."""
+
+    def __init__(self, values: Mapping[str, Any], source: Path) -> None:
+        self.values = {k: v for k, v in values.items() if v is not None}
+        self.source = source
+
+    def fail(self, key: str, accepted: str) -> InputError:
+        return InputError(f"{self.source}: {key}: expected {accepted}, found {reprlib.repr(self.values[key])}")
+
+    def first(self, names: tuple[str, ...], *, minimum: int = 1, maximum: int = LARGEST_COUNT) -> int | None:
+        for key in names:
+            if key not in self.values:
+                continue
+            value = self.values[key]
+            whole = isinstance(value, int | float) and not isinstance(value, bool)
+            if not whole or not minimum <= value <= maximum or value != int(value):
+                raise self.fail(key, f"a whole number from {minimum} to {maximum}")
+            return int(value)
+        return None
+
+    def need(self, names: tuple[str, ...], *, maximum: int = LARGEST_COUNT) -> int:
+        value = self.first(names, maximum=maximum)
+        if value is None:
+            known = ", ".join(sorted(map(str, self.values))[:40]) or "nothing"
+            raise InputError(f"{self.source}: missing key {names[0]!r}; found {known}")
+        return value
+
+    def flag(self, key: str, default: bool) -> bool:
+        value = self.values.get(key, default)
+        if not isinstance(value, bool):
+            raise self.fail(key, "true or false")
+        return value
+
+    def mapping(self, key: str) -> Mapping[str, Any]:
+        value = self.values.get(key, {})
+        if not isinstance(value, Mapping):
+            raise self.fail(key, "an object")
+        return value
+
+    def text(self, key: str, default: str = "") -> str:
+        value = self.values.get(key, default)
+        if not isinstance(value, str):
+            raise self.fail(key, "text")
+        return value
+
+    def whole_numbers(self, key: str) -> list[int]:
+        value = self.values.get(key, [])
+        if not isinstance(value, list) or not all(isinstance(v, int) for v in value):
+            raise self.fail(key, "a list of whole numbers")
+        return value
 
 
-def _weight_bytes(config: Mapping[str, Any], flags: Mapping[str, Any]) -> float:
-    quantisation = config.get("quantization_config") or {}
-    method = str(flags.get("quantization") or quantisation.get("quant_method") or "").lower()
-    if not method or method == "none":
-        dtype = str(flags.get("dtype") or config.get("torch_dtype") or config.get("dtype") or "bfloat16")
-        dtype = str(config.get("torch_dtype") or "bfloat16") if dtype == "auto" else dtype
-        return _DTYPE_BYTES.get(dtype, 2.0)
-    bits = quantisation.get("bits") or quantisation.get("num_bits")
-    if bits:
-        return float(bits) / 8 + (2 / float(quantisation.get("group_size") or 128) if float(bits) < 8 else 0.0)
-    for key, size in _QUANTISED_BYTES.items():
-        if method.startswith(key):
-            return size
-    raise InputError(
-        f"unknown quantization method {method!r}; known are {', '.join(_QUANTISED_BYTES)}. Or give "
-        "weight_bytes_per_param in a configuration.yaml"
-    )
-
-
-def _moe_layers(config: Mapping[str, Any], num_layers: int) -> int:
-    if config.get("mlp_only_layers") or config.get("decoder_sparse_step", 1) not in (0, 1):
-        step, dense = int(config.get("decoder_sparse_step", 1)), set(config.get("mlp_only_layers") or ())
-        return sum(1 for i in range(num_layers) if i not in dense and (i + 1) % step == 0)
-    if config.get("interleave_moe_layer_step", 1) not in (0, 1):
-        return num_layers // int(config["interleave_moe_layer_step"])
-    return num_layers - int(config.get("first_k_dense_replace", 0))
-
-
-def llm_from_huggingface(path: str | os.PathLike[str], vllm_args: Mapping[str, Any] | Sequence[str] = ()) -> LLMArchitecture:
-    """Read an architecture from a Hugging Face `config.json`.
-
-    Understands Llama, Mistral, Mixtral, Qwen 2 and 3, Qwen MoE (shared experts, sparse steps), DeepSeek-like
-    (`n_routed_experts`, `n_shared_experts`, `first_k_dense_replace`) and Llama 4-like (`interleave_moe_layer_step`,
-    nested `text_config`) keys, and FP8, AWQ, GPTQ quantisation.
-
-    Raises
-    ------
-    MissingInputError, InputError
-        If the file is absent, not JSON, or lacks a needed key, which is named.
-    """
-    path = Path(path)
-    if path.is_dir():
-        path = path / "config.json"
+def _read(path: Path) -> _Keys:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise MissingInputError(f"no Hugging Face config at {path}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error}") from None
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(config, Mapping):
         raise InputError(f"{path}: expected a JSON object, found {type(config).__name__}")
-    flags = _flags(vllm_args)
-    text = {**config, **config.get("text_config", {})}
+    keys = _Keys(config, path)
+    for name in _NESTED:
+        inner = _Keys(keys.mapping(name), path)
+        keys = _Keys({**keys.values, **inner.values}, path)
+    if keys.flag("is_encoder_decoder", False):
+        raise InputError(f"{path}: an encoder-decoder model; only decoder-only models are described")
+    return keys
 
-    def need(key: str) -> int:
-        if key not in text:
-            raise InputError(f"{path}: missing key {key!r}; found {', '.join(sorted(text))}")
-        return int(text[key])
 
-    layers, hidden, heads = need("num_hidden_layers"), need("hidden_size"), need("num_attention_heads")
-    experts = int(text.get("num_local_experts") or text.get("num_experts") or text.get("n_routed_experts") or 0)
+def _moe_layers(keys: _Keys, num_layers: int) -> int:
+    """Count the layers with experts: by list, by stride, or all but the first few, as the families say it."""
+    every = keys.first(("decoder_sparse_step",), minimum=0) or 1
+    dense = set(keys.whole_numbers("mlp_only_layers"))
+    if dense or every > 1:  # Qwen MoE
+        return sum(1 for i in range(num_layers) if i not in dense and (i + 1) % every == 0)
+    if keys.values.get("moe_layers"):  # Llama 4, by list
+        return len({i for i in keys.whole_numbers("moe_layers") if 0 <= i < num_layers})
+    stride = keys.first(("interleave_moe_layer_step",), minimum=0) or 1
+    if stride > 1:  # Llama 4, by stride: layers stride - 1, 2 * stride - 1, ...
+        return num_layers // stride
+    skipped = keys.first(("first_k_dense_replace",), minimum=0, maximum=num_layers) or 0
+    frequency = keys.values.get("moe_layer_freq", 1)
+    if isinstance(frequency, list):  # one 0 or 1 per layer
+        return sum(1 for v in keys.whole_numbers("moe_layer_freq")[:num_layers] if v)
+    step = keys.first(("moe_layer_freq",)) or 1
+    return sum(1 for i in range(num_layers) if i >= skipped and i % step == 0)
+
+
+def _moe_fields(keys: _Keys, num_layers: int, intermediate: int) -> dict[str, Any]:
+    experts = keys.first(_EXPERTS, minimum=0) or 0
+    if not experts:
+        return {}
+    width = keys.first(("moe_intermediate_size",)) or intermediate
+    shared = keys.first(("shared_expert_intermediate_size",), minimum=0)
+    if shared is None:
+        shared = (keys.first(("n_shared_experts",), minimum=0, maximum=10_000) or 0) * width
+    fields: dict[str, Any] = {}
+    if "interleave_moe_layer_step" in keys.values or keys.values.get("model_type") == "llama4_text":
+        # Llama 4: `intermediate_size` is the expert's, and there is one shared expert.
+        width = shared = intermediate
+        fields["intermediate_size"] = keys.first(("intermediate_size_mlp",)) or intermediate
+    return fields | {
+        "num_experts": experts,
+        "num_experts_per_token": keys.need(_TOP_K),
+        "num_moe_layers": _moe_layers(keys, num_layers),
+        "moe_intermediate_size": width,
+        "shared_expert_intermediate_size": shared,
+    }
+
+
+def _attention_fields(keys: _Keys, num_layers: int, hidden: int, kv_bytes: float) -> dict[str, Any]:
+    heads = keys.need(_HEADS)
+    if "kv_lora_rank" in keys.values:
+        return _latent_attention_fields(keys, num_layers, hidden, heads, kv_bytes)
+    kv_heads = keys.first(_KV_HEADS)
+    grouped = keys.flag("new_decoder_architecture", False)  # Falcon: `multi_query` counts only without it
+    if keys.flag("multi_query", False) and not grouped and keys.values.get("model_type") != "chatglm":
+        kv_heads = 1
+    head_dim = keys.first(("head_dim", "kv_channels"))
+    if head_dim is None:
+        if hidden % heads:
+            raise InputError(
+                f"{keys.source}: hidden_size ({hidden}) is no multiple of num_attention_heads ({heads}); give head_dim"
+            )
+        head_dim = hidden // heads
+    return {"num_attention_heads": heads, "num_key_value_heads": kv_heads or heads, "head_dim": head_dim}
+
+
+def _latent_attention_fields(keys: _Keys, num_layers: int, hidden: int, heads: int, kv_bytes: float) -> dict[str, Any]:
+    """Describe multi-head latent attention (DeepSeek V2, V3) by multi-query attention of the same size.
+
+    Per token and layer the cache holds kv_lora_rank + qk_rope_head_dim elements, whole on every GPU, as one KV head
+    would be. The head dimension is the one at which hidden * head_dim * (2 * heads + 2) equals the parameters of
+    q_proj (or its two low-rank factors), kv_a_proj, kv_b_proj and o_proj.
+    """
+    latent, rope = keys.need(("kv_lora_rank",)), keys.need(("qk_rope_head_dim",))
+    nope, value = keys.need(("qk_nope_head_dim",)), keys.need(("v_head_dim",))
+    query_rank = keys.first(("q_lora_rank",))
+    query_width = heads * (nope + rope)
+    query = (hidden + query_width) * query_rank if query_rank else hidden * query_width
+    params = query + hidden * (latent + rope) + latent * heads * (nope + value) + heads * value * hidden
+    return {
+        "num_attention_heads": heads,
+        "num_key_value_heads": 1,
+        "head_dim": max(1, round(params / (hidden * (2 * heads + 2)))),
+        "kv_bytes_per_token": num_layers * (latent + rope) * kv_bytes,
+    }
+
+
+def _intermediate_size(keys: _Keys, hidden: int, without_gate: bool) -> int:
+    width = keys.first(_FFN) if without_gate else keys.need(_FFN)
+    if width is None:
+        width = (keys.first(("expansion_ratio",)) or 4) * hidden
+    return round(width * 2 / 3) if without_gate else width
+
+
+def _name(keys: _Keys, flags: Mapping[str, Any]) -> str:
+    given = str(flags.get("model") or keys.text("_name_or_path"))
+    if given.startswith((".", "/", "~")) or not given.strip():
+        given = keys.source.resolve().parent.name  # a path says where the model was, not what it is
+    return re.sub(r"[^\w./+-]+", "-", given, flags=re.ASCII).strip("/.-") or "model"
+
+
+def _architecture(keys: _Keys, flags: Mapping[str, Any]) -> LLMArchitecture:
+    layers, hidden = keys.need(_LAYERS, maximum=100_000), keys.need(_HIDDEN)
+    family = keys.text("model_type")
+    without_gate = family in _WITHOUT_GATE
+    dtype = dtype_name(keys.values, flags, str(keys.source))
+    weight_bytes = weight_bytes_per_param(keys.values, flags, dtype, str(keys.source))
+    kv_bytes = kv_bytes_per_element(flags, dtype)
+    intermediate = _intermediate_size(keys, hidden, without_gate)
+    context = keys.first(_CONTEXT) or DEFAULT_CONTEXT_TOKENS
+    if str(flags.get("max_model_len", "auto")).strip() not in {"auto", "-1"}:
+        context = count(flags, "max_model_len")
     fields: dict[str, Any] = {
-        "name": str(config.get("_name_or_path") or path.parent.name or "model"),
+        "name": _name(keys, flags),
         "num_layers": layers,
         "hidden_size": hidden,
-        "num_attention_heads": heads,
-        "num_key_value_heads": int(text.get("num_key_value_heads") or heads),
-        "head_dim": int(text.get("head_dim") or hidden // heads),
-        "intermediate_size": need("intermediate_size"),
-        "vocab_size": need("vocab_size"),
-        "tie_word_embeddings": bool(text.get("tie_word_embeddings", False)),
-        "weight_bytes_per_param": _weight_bytes(text, flags),
-        "kv_bytes_per_element": 1.0 if str(flags.get("kv-cache-dtype", "auto")).startswith("fp8") else 2.0,
-        "max_context_tokens": int(flags.get("max-model-len") or text.get("max_position_embeddings") or 4096),
+        "intermediate_size": intermediate,
+        "vocab_size": keys.need(_VOCABULARY),
+        "tie_word_embeddings": keys.flag("tie_word_embeddings", family in _TIED),
+        "weight_bytes_per_param": weight_bytes,
+        "kv_bytes_per_element": kv_bytes,
+        "max_context_tokens": context,
     }
-    if str(flags.get("kv-cache-dtype", "auto")) == "auto" and fields["weight_bytes_per_param"] == 4.0:
-        fields["kv_bytes_per_element"] = 4.0
-    if experts:
-        width = text.get("moe_intermediate_size") or text["intermediate_size"]
-        shared = text.get("shared_expert_intermediate_size") or int(text.get("n_shared_experts") or 0) * int(width)
-        if text.get("interleave_moe_layer_step"):  # Llama 4: `intermediate_size` is the expert's, one shared expert
-            width, shared = text["intermediate_size"], text["intermediate_size"]
-            fields["intermediate_size"] = int(text.get("intermediate_size_mlp") or text["intermediate_size"])
-        fields.update(
-            num_experts=experts,
-            num_experts_per_token=int(text.get("num_experts_per_tok") or text.get("num_experts_per_token") or 1),
-            num_moe_layers=_moe_layers(text, layers),
-            moe_intermediate_size=int(width),
-            shared_expert_intermediate_size=int(shared),
-        )
-    return LLMArchitecture(**fields)
+    fields |= _attention_fields(keys, layers, hidden, kv_bytes)
+    fields |= _moe_fields(keys, layers, intermediate)
+    try:
+        return LLMArchitecture(**fields)
+    except ValidationError as error:
+        raise InputError(explain(error, str(keys.source), "Hugging Face config")) from None
+
+
+def llm_from_huggingface(path: str | os.PathLike[str], vllm_args: Arguments = ()) -> LLMArchitecture:
+    """Read an architecture from a Hugging Face `config.json`.
+
+    Understands Llama, Mistral, Mixtral, Qwen 2 and 3, Qwen MoE (shared experts, sparse steps), DeepSeek-like
+    (`n_routed_experts`, `n_shared_experts`, `first_k_dense_replace`, latent attention), Llama 4-like
+    (`interleave_moe_layer_step`, nested `text_config`), Falcon- and GPT-like (multi-query attention, FFN without a
+    gate) keys, and FP8, INT8, AWQ, GPTQ and other 4-bit weights. Sliding windows and layers without attention are
+    taken for full attention: set `kv_bytes_per_token` for those.
+
+    Parameters
+    ----------
+    path : path
+        `config.json`, or the folder that holds it.
+    vllm_args : str, sequence or mapping
+        `--dtype`, `--quantization`, `--kv-cache-dtype` and `--max-model-len` are heeded here.
+
+    Raises
+    ------
+    MissingInputError, InputError
+        If the file is absent, not JSON, or a key is missing or holds what it cannot hold; the key is named.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / "config.json"
+    return _architecture(_read(path), parse_arguments(vllm_args))
+
+
+def _kv_capacity_tokens(llm: LLMArchitecture, device: Hardware, engine: Mapping[str, Any], flags: Mapping[str, Any]) -> float:
+    block = count(flags, "block_size") if "block_size" in flags else DEFAULT_BLOCK_SIZE
+    if "num_gpu_blocks_override" in flags:
+        return float(count(flags, "num_gpu_blocks_override") * block)
+    tp, dp = int(engine.get("tensor_parallel", 1)), int(engine.get("data_parallel", 1))
+    if "kv_cache_memory_bytes" in flags:
+        left = float(count(flags, "kv_cache_memory_bytes"))
+    else:
+        share = DEFAULT_GPU_MEMORY_UTILIZATION
+        if "gpu_memory_utilization" in flags:
+            share = quantity(flags, "gpu_memory_utilization", maximum=1.0)
+        offloaded = quantity(flags, "cpu_offload_gb", unit="GiB") * 2.0**30 if "cpu_offload_gb" in flags else 0.0
+        experts = llm.num_moe_layers * llm.num_experts * llm.expert_params * llm.weight_bytes_per_param
+        weights = max(0.0, (llm.weight_bytes - experts) / tp + experts / (tp * dp) - offloaded)
+        left = share * device.memory_bytes - weights
+        if left <= 0:
+            raise InputError(
+                f"{llm.name} does not fit: its weights take {weights / 1e9:.1f} GB of each of {tp} x {device.name}, and "
+                f"utilization {share:g} leaves {share * device.memory_bytes / 1e9:.1f} GB; raise --tensor-parallel-size"
+            )
+    per_gpu = llm.kv_bytes_per_token / min(tp, llm.num_key_value_heads)
+    blocks = int(left / per_gpu / block)
+    if blocks < 1:
+        raise InputError(f"{llm.name}: {left / 1e9:.3g} GB are left for the KV cache of {device.name}, less than one block")
+    return float(blocks * block)
 
 
 def configuration_from_huggingface(
     config_json: str | os.PathLike[str],
     hardware: str | Hardware,
-    vllm_args: Mapping[str, Any] | Sequence[str] = (),
+    vllm_args: Arguments = (),
     config_id: str | None = None,
 ) -> ServingConfiguration:
     """Build a serving configuration from a Hugging Face config, a GPU and vLLM's arguments.
 
-    The KV capacity is `--num-gpu-blocks-override` times `--block-size` where given, and otherwise what
-    `--gpu-memory-utilization` (0.9) leaves after the weights: (utilization * memory * tp - weights) / (KV bytes per
-    token), which ignores activations and so is some per cent too high.
+    The KV capacity is `--num-gpu-blocks-override` times `--block-size` where given; otherwise, in whole blocks,
+    `--kv-cache-memory-bytes` or what `--gpu-memory-utilization` (0.9) leaves on each GPU after its weights, over the
+    KV bytes per token and GPU (KV heads are replicated where there are fewer of them than GPUs). The latter ignores
+    activations and so is some per cent too high: pass ``{"kv_capacity_tokens": n}`` with vLLM's own figure, which its
+    log calls "GPU KV cache size". Arguments that are not used are kept with the engine.
 
     Parameters
     ----------
@@ -178,8 +320,8 @@ def configuration_from_huggingface(
         `config.json`, or the folder that holds it.
     hardware : str or Hardware
         Name of a GPU of the catalogue, or its figures.
-    vllm_args : mapping or sequence of str
-        As typed after `vllm serve`, for example ``["--tensor-parallel-size", "2"]``; or a mapping.
+    vllm_args : str, sequence of str or mapping
+        As typed after ``vllm serve``, for example ``["--tensor-parallel-size", "2"]``; or a mapping.
     config_id : str, optional
         Defaults to ``<model>_<gpu>_tp<n>``.
 
@@ -188,33 +330,15 @@ def configuration_from_huggingface(
     InputError, MissingInputError, UnknownNameError
         With the file and field at fault.
     """
-    flags = _flags(vllm_args)
-    llm = llm_from_huggingface(config_json, vllm_args)
+    path = Path(config_json)
+    keys = _read(path / "config.json" if path.is_dir() else path)
+    flags = parse_arguments(vllm_args)
+    llm = _architecture(keys, flags)
     device = gpu(hardware) if isinstance(hardware, str) else hardware
-    engine: dict[str, Any] = dict(_ENGINE_DEFAULTS)
-    for flag, value in flags.items():
-        negated = flag.startswith("no-")
-        target = _FLAGS.get(flag.removeprefix("no-"))
-        if target in _BOOLEAN:
-            engine[target] = not negated and str(value).lower() not in {"false", "0"}
-        elif target == "dtype":
-            engine[target] = str(value)
-        elif target:
-            engine[target] = _number(flags, flag, int)
-    engine["cpu_offload"] = float(flags.get("cpu-offload-gb") or 0) > 0
-    tp = int(engine["tensor_parallel"])
-    if "num-gpu-blocks-override" in flags:
-        block = _number(flags, "block-size", int) if "block-size" in flags else 16
-        engine["kv_capacity_tokens"] = float(_number(flags, "num-gpu-blocks-override", int) * block)
-    else:
-        share = _number(flags, "gpu-memory-utilization", float) if "gpu-memory-utilization" in flags else 0.9
-        left = share * device.memory_bytes * tp - llm.weight_bytes
-        if left <= 0:
-            raise InputError(
-                f"{llm.name} does not fit: its weights take {llm.weight_bytes / 1e9:.1f} GB and {tp} x {device.name} at "
-                f"utilization {share} leave {share * device.memory_bytes * tp / 1e9:.1f} GB; raise --tensor-parallel-size"
-            )
-        engine["kv_capacity_tokens"] = left / llm.kv_bytes_per_token
-    name = config_id or f"{llm.name.replace('/', '--')}_{device.name}_tp{tp}"
+    engine = engine_settings(flags, device, llm.max_context_tokens)
+    engine["dtype"] = dtype_name(keys.values, flags, str(keys.source))
+    if "kv_capacity_tokens" not in engine:
+        engine["kv_capacity_tokens"] = _kv_capacity_tokens(llm, device, engine, flags)
+    name = config_id or f"{llm.name.replace('/', '--')}_{device.name}_tp{engine.get('tensor_parallel', 1)}"
     data = {"config_id": name, "llm": llm, "hardware": device, "engine": engine}
     return configuration_from_mapping(data, f"configuration from {config_json}")

@@ -6,6 +6,10 @@ from typing import Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from hfdtl_bayes.configuration.quantities import BytesEach, Count, CountOrDerived, PositiveCount, Quantity
+
+_UNQUANTISED_BYTES = 2.0
+
 
 class LLMArchitecture(BaseModel):
     """A decoder-only transformer: dense or mixture of experts; multi-head, grouped-query or multi-query attention.
@@ -13,14 +17,16 @@ class LLMArchitecture(BaseModel):
     Parameters
     ----------
     intermediate_size : int
-        FFN width of a dense layer. For a mixture of experts without `moe_intermediate_size` it is the width of one
-        routed expert, which is how Mixtral-like models are described.
+        FFN width of a dense layer, with a gate: three matrices. An FFN of two matrices is described by the gated one
+        of the same size, two thirds as wide. For a mixture of experts without `moe_intermediate_size` it is the width
+        of one routed expert, which is how Mixtral-like models are described.
     num_moe_layers : int, optional
         Layers whose FFN is a mixture of experts; all of them by default when `num_experts` > 0.
     shared_expert_intermediate_size : int
         Summed FFN width of the experts every token passes through; 0 if there are none.
     weight_bytes_per_param : float
-        2 for BF16 and FP16, 1 for FP8 and INT8, about 0.55 for INT4 with group scales.
+        2 for BF16 and FP16, 1 for FP8 and INT8, about 0.52 for INT4 with group scales. It holds for the matrices of
+        the layers; embedding, output head and norms stay at 2 bytes or more, as quantised checkpoints leave them.
     params_total, params_active, flops_per_token, weight_bytes, kv_bytes_per_token : float
         Derived where absent (or 0); a given value wins. FLOPs and bytes.
     """
@@ -28,27 +34,27 @@ class LLMArchitecture(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str = Field(min_length=1)
-    num_layers: int = Field(gt=0)
-    hidden_size: int = Field(gt=0)
-    num_attention_heads: int = Field(gt=0)
-    num_key_value_heads: int = Field(gt=0)
-    head_dim: int = Field(gt=0)
-    intermediate_size: int = Field(gt=0)
-    vocab_size: int = Field(gt=0)
-    num_experts: int = Field(default=0, ge=0)
-    num_experts_per_token: int = Field(default=0, ge=0)
-    num_moe_layers: int = Field(default=-1, ge=-1)
-    moe_intermediate_size: int = Field(default=-1, ge=-1)
-    shared_expert_intermediate_size: int = Field(default=0, ge=0)
+    num_layers: PositiveCount
+    hidden_size: PositiveCount
+    num_attention_heads: PositiveCount
+    num_key_value_heads: PositiveCount
+    head_dim: PositiveCount
+    intermediate_size: PositiveCount
+    vocab_size: PositiveCount
+    num_experts: Count = 0
+    num_experts_per_token: Count = 0
+    num_moe_layers: CountOrDerived = -1
+    moe_intermediate_size: CountOrDerived = -1
+    shared_expert_intermediate_size: Count = 0
     tie_word_embeddings: bool = False
-    weight_bytes_per_param: float = Field(default=2.0, gt=0, le=8)
-    kv_bytes_per_element: float = Field(default=2.0, gt=0, le=8)
-    max_context_tokens: int = Field(gt=0)
-    params_total: float = Field(default=0.0, ge=0)
-    params_active: float = Field(default=0.0, ge=0)
-    flops_per_token: float = Field(default=0.0, ge=0)
-    weight_bytes: float = Field(default=0.0, ge=0)
-    kv_bytes_per_token: float = Field(default=0.0, ge=0)
+    weight_bytes_per_param: BytesEach = 2.0
+    kv_bytes_per_element: BytesEach = 2.0
+    max_context_tokens: PositiveCount
+    params_total: Quantity = 0.0
+    params_active: Quantity = 0.0
+    flops_per_token: Quantity = 0.0
+    weight_bytes: Quantity = 0.0
+    kv_bytes_per_token: Quantity = 0.0
 
     @model_validator(mode="after")
     def _resolve(self) -> Self:
@@ -65,6 +71,8 @@ class LLMArchitecture(BaseModel):
             )
         if self.num_moe_layers > self.num_layers:
             problems.append(f"num_moe_layers ({self.num_moe_layers}) exceeds num_layers ({self.num_layers})")
+        if self.params_total and self.params_active > self.params_total:
+            problems.append(f"params_active ({self.params_active:g}) exceeds params_total ({self.params_total:g})")
         if problems:
             raise ValueError("; ".join(problems))
         put = object.__setattr__
@@ -75,7 +83,7 @@ class LLMArchitecture(BaseModel):
         put(self, "params_total", self.params_total or float(self._derived_total_params()))
         put(self, "params_active", self.params_active or float(self._derived_active_params()))
         put(self, "flops_per_token", self.flops_per_token or 2.0 * self.active_matmul_params)
-        put(self, "weight_bytes", self.weight_bytes or self.params_total * self.weight_bytes_per_param)
+        put(self, "weight_bytes", self.weight_bytes or self._derived_weight_bytes())
         put(self, "kv_bytes_per_token", self.kv_bytes_per_token or self._derived_kv_bytes_per_token())
         return self
 
@@ -134,11 +142,23 @@ class LLMArchitecture(BaseModel):
         routed = self.num_moe_layers * self.num_experts_per_token * self.expert_params
         return self.always_active_params + routed + self.head_params
 
+    @property
+    def unquantised_params(self) -> int:
+        """Parameters that quantised checkpoints leave at 16 bits: embedding, output head and norms.
+
+        (1 if tied, else 2) * hidden * vocab + (2 * layers + 1) * hidden.
+        """
+        tables = 1 if self.tie_word_embeddings else 2
+        return tables * self.head_params + (2 * self.num_layers + 1) * self.hidden_size
+
     def _derived_total_params(self) -> int:
-        embedding = 0 if self.tie_word_embeddings else self.head_params
-        norms = (2 * self.num_layers + 1) * self.hidden_size
         routed = self.num_moe_layers * self.num_experts * self.expert_params
-        return self.always_active_params + routed + self.head_params + embedding + norms
+        return self.always_active_params + routed + self.unquantised_params
+
+    def _derived_weight_bytes(self) -> float:
+        wide = min(float(self.unquantised_params), self.params_total)
+        narrow = self.params_total - wide
+        return narrow * self.weight_bytes_per_param + wide * max(self.weight_bytes_per_param, _UNQUANTISED_BYTES)
 
     def _derived_active_params(self) -> int:
         idle = self.num_moe_layers * (self.num_experts - self.num_experts_per_token) * self.expert_params
