@@ -1,0 +1,91 @@
+"""Queue delay (alpha): how long requests wait, in two parts, and how long they take to reach the queue.
+
+    python models/queue_delay.py
+    python models/queue_delay.py my_store --donors a,b,c --target d --regimes calib --out reports/mine
+
+`queue_delay` (queued to scheduled) is two-part: a request that finds a free slot waits less than a step, whatever the load; one
+that finds none waits for those ahead of it, in proportion to their number. Fitted together the zeros drown the rest, and a
+relative error of nothing means nothing. So the first part is a rule that is checked, and only the second a model that is fitted
+and scored. `api_delay` (arrival to queued) is about the rest of the running step and belongs to every request.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import pandas as pd
+
+import hfdtl_bayes as hb
+from hfdtl_bayes.export import idle_api_delay_s
+from hfdtl_bayes.features.response import response
+from hfdtl_bayes.sample import DONORS, TARGET, sample_store_path
+from hfdtl_bayes.traces import split_by_regime
+from hfdtl_bayes.transfer import usable_rows
+
+
+def part_to_fit(store: hb.TraceStore, config_id: str, quantity: str) -> pd.DataFrame:
+    """Return the requests a quantity is modelled on: those that find no slot for queue_delay, all for api_delay."""
+    configuration = store.configuration(config_id)
+    requests = usable_rows(store.requests(config_id).frame, quantity)
+    if quantity == "api_delay":
+        return requests
+    # The rule: no slot is free when the batch, counting the requests already queued for it, is full.
+    no_slot = requests["waiting_requests"] + requests["running_requests"] >= configuration.engine.max_num_seqs
+    step_s = hb.feature_set("roofline", quantity).noise_floor(configuration)
+    waited = response(requests, "queue_delay") > step_s
+    print(
+        f"  {config_id}: {no_slot.mean():.0%} of {len(requests)} requests find no free slot; that tells who waits longer than a "
+        f"step ({1e3 * step_s:.0f} ms) in {(no_slot == waited).mean():.1%} of cases"
+    )
+    return requests[no_slot]
+
+
+def main() -> None:
+    """Fit, calibrate and score both delays."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("store", type=Path, nargs="?", default=sample_store_path(), help="trace store [the embedded sample]")
+    parser.add_argument("--donors", default=",".join(DONORS), help="config_ids, separated by commas [%(default)s]")
+    parser.add_argument("--target", default=TARGET, help="config_id of the target [%(default)s]")
+    parser.add_argument("--regimes", default="calib", help="regimes to calibrate on [%(default)s]")
+    parser.add_argument("--out", type=Path, default=Path("reports/queue_delay"), help="folder to write into [%(default)s]")
+    parser.add_argument("--draws", type=int, default=1000, help="draws per chain, as many again to tune [%(default)s]")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    settings = hb.SamplerSettings(draws=arguments.draws, tune=arguments.draws, target_accept=0.99)
+    store = hb.TraceStore(arguments.store)
+    configuration = store.configuration(arguments.target)
+
+    for quantity in ("queue_delay", "api_delay"):
+        print(f"\n{quantity}")
+        features = hb.feature_set("roofline", quantity)
+        statistics = [
+            hb.statistics_from_rows(part_to_fit(store, donor, quantity), store.configuration(donor), features)
+            for donor in arguments.donors.split(",")
+        ]
+        donors = hb.fit(statistics, features, settings=settings, seed=arguments.seed)
+        print(f"  donors: {donors.convergence()}")
+
+        # Slopes are in reference steps of each configuration, so that a fast engine's queue teaches about a slow one's.
+        rows, held_out = split_by_regime(part_to_fit(store, arguments.target, quantity), arguments.regimes.split(","))
+        target = hb.calibrate(donors, rows, configuration, settings=settings, seed=arguments.seed)
+        print(f"  target: {target.convergence()}")
+        table = target.coefficient_table()
+        print(table[table["config"] == arguments.target].drop(columns="config").round(2).to_string(index=False))
+
+        print("  on requests of the other regimes; MAPE over those that waited longer than a step:")
+        for name, model in (("zero-shot", donors), (f"{len(rows)} rows", target)):
+            found = hb.evaluate(model, held_out, configuration, seed=arguments.seed)
+            print(
+                f"  {name:>10}: MAPE {found.mape:.1%}, RMSE {found.rmse_s:.3g} s, bias {found.bias:+.1%}, 95 % intervals cover "
+                f"{found.coverage:.1%} of {found.rows} requests and {found.block_coverage:.1%} of {found.blocks} time blocks"
+            )
+        print(f"  wrote {target.save(arguments.out / f'{quantity}.nc')}")
+
+    # BLIS's alpha0 is neither: it simulates the waits for the running step and for a slot itself, and wants the lag when idle.
+    idle_s = idle_api_delay_s(store.requests(arguments.target).frame)
+    print(f"\nBLIS alpha0 of {arguments.target}: {'too few idle requests' if idle_s is None else f'{1e6 * idle_s:.0f} us'}")
+
+
+if __name__ == "__main__":
+    main()
