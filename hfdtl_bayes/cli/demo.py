@@ -7,9 +7,10 @@ rest of its recording, beside the design's ridge recipe, a fit of the target alo
 from __future__ import annotations
 
 import json
+import shlex
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from hfdtl_bayes.export import BlisVectors
     from hfdtl_bayes.model import LatencyPosterior, SamplerSettings
     from hfdtl_bayes.report import Comparison, TargetSummary
+    from hfdtl_bayes.transfer import Verdict
 
 CALIBRATION_REGIMES = ("load0.15", "load0.5")
 """Traffic the target is calibrated on: what a cautious trial in production would offer."""
@@ -45,11 +47,12 @@ FILES = {
     "target.nc": "posterior of donors and target: predict, verdict, export (hfdtl-bayes predict)",
     "blis.yaml": "coefficients for blis --defaults-filepath",
     "blis-flags.txt": "the same as flags, with the engine's limits",
+    "blis-hardware.json": "the hardware figures the coefficients are relative to, for blis --hardware-config",
     "blocks.svg": "predicted against measured, by time block (also .png)",
     "accuracy.svg": "errors by regime and method (also .png)",
     "coefficients.svg": "priors and posteriors of the coefficients (also .png)",
 }
-_BLIS_FILES = ("blis.yaml", "blis-flags.txt")
+_BLIS_FILES = ("blis.yaml", "blis-flags.txt", "blis-hardware.json")
 
 
 @dataclass(frozen=True)
@@ -75,15 +78,9 @@ class DemoResult:
         """Return everything as plain data for JSON; times in seconds, errors as fractions."""
         s = self.summary
         posterior, vectors = s.posterior, s.vectors
-        blis: dict[str, Any] = {"exported": vectors is not None, "refusal": s.refusal, "note": s.export_note}
+        blis: dict[str, Any] = {"exported": vectors is not None, "refusal": s.refusal, "fitted_to": s.export_note}
         if vectors is not None:
-            blis |= {
-                "alpha": vectors.alpha,
-                "beta": vectors.beta,
-                "projection_error": vectors.projection_error,
-                "worst_projection_error": vectors.worst_projection_error,
-                "batches": vectors.rows,
-            }
+            blis |= vectors.as_dict()
         found: dict[str, Any] = plain(
             {
                 "format": FORMAT,
@@ -219,6 +216,7 @@ def run_demo(out: Path, *, seed: int = 0, show_progress: bool = True, settings: 
         vectors=vectors,
         refusal=refusal,
         export_note=note,
+        command=_command(out, found, posterior, list(dict.fromkeys(calibration["regime"]))),
         files={name: meaning for name, meaning in FILES.items() if vectors is not None or name not in _BLIS_FILES},
         version=package_version(),
     )
@@ -243,6 +241,21 @@ def run_demo(out: Path, *, seed: int = 0, show_progress: bool = True, settings: 
     return result
 
 
+def _command(out: Path, found: Verdict, posterior: LatencyPosterior, seen: Sequence[str]) -> str:
+    """Return what to type next, by outcome, with the demo's own files and names."""
+    target = shlex.quote(found.config_id)
+    donors, fitted = (shlex.quote(str(out / name)) for name in ("donors.nc", "target.nc"))
+    worst = str(found.held_out.by_regime["mape"].idxmax())
+    again = f"hfdtl-bayes calibrate {donors} STORE --config {target} --out {fitted} --regimes"
+    every = shlex.quote(",".join((*posterior.donors, found.config_id)))
+    return {
+        "accept": f"hfdtl-bayes predict {fitted} STEPS.parquet --out predictions.parquet",
+        "collect_more": f"{again} {shlex.quote(','.join((*seen, worst)))}",
+        "sample_again": f"{again} {shlex.quote(','.join(seen))} --draws 2000 --tune 2000",
+        "retrain_as_donor": f"hfdtl-bayes fit STORE --donors {every} --out {donors}",
+    }.get(str(found.outcome), "")
+
+
 def _vectors(
     posterior: LatencyPosterior, configuration: ServingConfiguration, recording: pd.DataFrame, requests: pd.DataFrame, seed: int
 ) -> tuple[BlisVectors | None, str, str]:
@@ -252,8 +265,8 @@ def _vectors(
     alpha0 = idle_api_delay_s(requests) or 0.0
     reasons = []
     for traffic, note in (
-        (None, "any batch the engine can run"),
-        (recording, "traffic like the recording only: over all batches the engine can run, BLIS's basis could not follow"),
+        (None, "all batches the engine can run"),
+        (recording, "the recorded traffic only, because BLIS's terms cannot follow the posterior over all batches"),
     ):
         try:
             return blis_vectors(posterior, configuration, traffic, alpha0_s=alpha0, seed=seed), note, ""
@@ -319,18 +332,19 @@ def _draw(folder: Path, summary: TargetSummary, donors: LatencyPosterior, seed: 
 
 
 def _export(folder: Path, summary: TargetSummary, donors: LatencyPosterior) -> None:
-    from hfdtl_bayes.export import blis_flags, blis_yaml, write_text  # noqa: PLC0415  (loaded on first use)
+    from hfdtl_bayes.export import blis_flags, blis_hardware_config, blis_yaml, write_text  # noqa: PLC0415  (loaded on first use)
 
     donors.save(folder / "donors.nc")
     summary.posterior.save(folder / "target.nc")
     if summary.vectors is not None:
         write_text(blis_yaml(summary.vectors), folder / "blis.yaml")
-        write_text(blis_flags(summary.vectors), folder / "blis-flags.txt")
+        write_text(blis_flags(summary.vectors, hardware_config="blis-hardware.json"), folder / "blis-flags.txt")
+        write_text(blis_hardware_config(summary.vectors.configuration), folder / "blis-hardware.json")
 
 
 def print_demo(result: DemoResult, console: Console) -> None:
-    """Print the result as one screen: verdict first, then the evidence, the files and where the time went."""
-    from rich.padding import Padding  # noqa: PLC0415  (loaded on first use)
+    """Print the result as one screen: whether to trust it and what to do next, the evidence, the files, where the time went."""
+    from rich.table import Table  # noqa: PLC0415  (loaded on first use)
     from rich.text import Text  # noqa: PLC0415
 
     from hfdtl_bayes.report import answer  # noqa: PLC0415
@@ -339,47 +353,64 @@ def print_demo(result: DemoResult, console: Console) -> None:
     tone, said, why = answer(s.verdict)
     colour = {"yes": "green", "wait": "yellow", "no": "red"}[tone]
 
-    def line(*parts: str | tuple[str, str]) -> None:
-        console.print(Text.assemble(*parts), soft_wrap=False)
+    def grid(*rows: tuple[Text, Text]) -> None:
+        # Names are user text: rich's markup never sees them.
+        table = Table.grid(padding=(0, 1))
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
 
-    line(("Target ", "bold"), f"{s.posterior.target}   ", ("donors ", "bold"), ", ".join(s.posterior.donors))
-    line(
-        f"Calibrated on {len(s.calibration)} steps of {', '.join(s.regimes_seen)}; judged on {len(s.held_out)} steps of "
-        f"{', '.join(s.regimes_judged)}."
+    def named(name: str, words: str, style: str = "") -> tuple[Text, Text]:
+        return Text(name, style="bold"), Text(words, style=style)
+
+    grid(
+        named("Target", f"{s.posterior.target}, calibrated on {len(s.calibration)} steps of {', '.join(s.regimes_seen)}"),
+        named("Donors", ", ".join(s.posterior.donors)),
+        named("Judged on", f"{len(s.held_out)} other steps: {', '.join(s.regimes_judged)}"),
+        named("Trust it?", f"{said}: {why} [{s.verdict.outcome}]", f"bold {colour}"),
+        named("Do next", s.verdict.recommendation),
+        *([named("", s.command)] if s.command else []),
     )
     console.print()
-    line(("Can I trust it?  ", "bold"), (f"{said}: {why}", f"bold {colour}"), f"   [{s.verdict.outcome}]")
-    line(("What next?       ", "bold"), s.verdict.recommendation)
-    for check in s.verdict.checks:
-        mark = ("  ok  ", "green") if check.passed else ("  !!  ", "red")
-        line(mark, (f"{check.name}: ", "bold"), check.message)
+    grid(
+        *(
+            (Text("ok" if c.passed else "!!", style="green" if c.passed else "bold red"), Text(f"{c.name}: {c.message}"))
+            for c in s.verdict.checks
+        )
+    )
     console.print()
     console.print(_accuracy_table(s.comparison))
-    line(s.comparison.sentence())
+    console.print(Text(s.comparison.sentence()))
     console.print()
     if s.vectors is None:
-        line(("BLIS  ", "bold"), ("not exported: ", "red"), " ".join(s.refusal.split()))
+        blis = [named("BLIS", f"not exported: {' '.join(s.refusal.split())}", "red")]
     else:
-        line(("BLIS  ", "bold"), s.vectors.summary().replace("\n", "; "))
-        line(f"      valid for {s.export_note}")
-    line(("Files ", "bold"), f"{result.out}/: ", ", ".join(p.name for p in result.files))
-    total = sum(s.seconds.values())
+        beta = ", ".join(f"{v:.4g}" for v in s.vectors.beta)
+        alpha = ", ".join(f"{v:.4g}" for v in s.vectors.alpha)
+        loss = f"{s.vectors.projection_error:.1%} from the posterior mean, over {s.export_note}"
+        blis = [named("BLIS", f"alpha [{alpha}]  beta [{beta}]"), named("", loss)]
     stages = ", ".join(f"{name} {seconds:.1f}" for name, seconds in s.seconds.items())
-    line(("Time  ", "bold"), f"{stages}; total {total:.1f} s")
-    console.print(Padding(Text.assemble("Open ", (str(result.out / "summary.html"), "underline")), (0, 0)))
+    grid(
+        *blis,
+        named("Files", f"{result.out}/: {', '.join(p.name for p in result.files)}"),
+        named("Seconds", f"{stages}; in all {sum(s.seconds.values()):.1f}"),
+        named("Open", str(result.out / "summary.html"), "underline"),
+    )
 
 
 def _accuracy_table(comparison: Comparison) -> Table:
     from rich.table import Table  # noqa: PLC0415  (loaded on first use)
     from rich.text import Text  # noqa: PLC0415
 
-    from hfdtl_bayes.report import ALL  # noqa: PLC0415
+    from hfdtl_bayes.report import ALL, CALIBRATED  # noqa: PLC0415
 
     methods = list(comparison.mape.index)
-    table = Table(title="Held-out MAPE in %, and what the 95 % intervals of the calibrated target hold", title_justify="left")
-    table.add_column("regime")
-    for name in ("steps", *methods, "attainable", "bias", "in 95 %", "blocks"):
-        table.add_column(name, justify="right", style="bold" if name == methods[0] else "")
+    title = "Held-out MAPE in %, beside what noise alone leaves; intervals should hold 95 %"
+    table = Table(title=title, title_justify="left", title_style="", box=None, padding=(0, 0, 0, 1), header_style="bold")
+    table.add_column("regime", no_wrap=True, vertical="bottom")
+    for name in ("steps", *methods, "noise alone", "bias", "rows held", "blocks held"):
+        heading = name.replace(" ", "\n").replace("-", "-\n")
+        table.add_column(heading, justify="right", style="bold" if name == CALIBRATED else "", vertical="bottom")
     for regime, row in comparison.table().iterrows():
         table.add_row(
             Text(str(regime)),

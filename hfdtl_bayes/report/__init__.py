@@ -1,6 +1,6 @@
 """Figures, comparisons and self-contained pages of fits."""
 
-from hfdtl_bayes.report.comparison import ALL, METHODS, Comparison, block_means, compare, mape_by_regime
+from hfdtl_bayes.report.comparison import ALL, CALIBRATED, METHODS, Comparison, block_means, compare, mape_by_regime
 from hfdtl_bayes.report.figures import (
     accuracy_figure,
     block_mean_figure,
@@ -13,6 +13,7 @@ from hfdtl_bayes.report.summary import TargetSummary, answer, summary_page
 
 __all__ = [
     "ALL",
+    "CALIBRATED",
     "METHODS",
     "Comparison",
     "TargetSummary",

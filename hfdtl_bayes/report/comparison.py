@@ -57,11 +57,11 @@ class Comparison:
     def sentence(self) -> str:
         """Say in one sentence how the calibrated target compares, whichever way it came out."""
         own = float(self.mape[ALL][CALIBRATED])
-        others = self.mape[ALL].drop(CALIBRATED)
+        others = self.mape[ALL].drop(CALIBRATED).sort_values()
         listed = ", ".join(f"{name} {value:.1%}" for name, value in others.items())
         if own <= others.min():
             return f"Calibrated {own:.1%} is the smallest held-out error; {listed}."
-        return f"Calibrated {own:.1%} is NOT the smallest held-out error: {others.idxmin()} does better; {listed}."
+        return f"Calibrated {own:.1%} is NOT the smallest held-out error; {listed}."
 
     def table(self) -> pd.DataFrame:
         """Return a row per regime and one over all: rows, attainable, MAPE per method, bias and coverage of the calibrated."""

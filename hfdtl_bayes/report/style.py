@@ -34,15 +34,16 @@ p{margin:.4rem 0}
   line-height:1.4}
 .tile b{display:block;font-size:1.35rem;line-height:1.25;font-variant-numeric:tabular-nums}
 .scroll{overflow-x:auto}
+.verdict pre{margin:.5rem 0 0;background:var(--ground)}
 table{border-collapse:collapse;font-size:.9rem;width:100%;font-variant-numeric:tabular-nums}
 caption{text-align:left;padding-bottom:.4rem}
-th,td{padding:.32rem .6rem;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap}
+th,td{padding:.32rem .5rem;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap}
 th:first-child{text-align:left}
 thead th{font-weight:600;color:var(--muted);vertical-align:bottom}
 tbody th{font-weight:500}
 .own{color:var(--blue);font-weight:600}
-.words td{text-align:left;white-space:normal}
-.words th{vertical-align:top}
+.words td,.words th{text-align:left;vertical-align:top}
+.words td{white-space:normal}
 figure{margin:.5rem 0}
 figure svg{width:100%;height:auto;display:block}
 .narrow{display:none}

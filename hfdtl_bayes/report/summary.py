@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pandas as pd
 
-from hfdtl_bayes.export import BETA_LABELS, BlisVectors, blis_flags
+from hfdtl_bayes.export import BlisVectors, blis_flags
 from hfdtl_bayes.model import LatencyPosterior
 from hfdtl_bayes.report.comparison import ALL, CALIBRATED, METHODS, Comparison
 from hfdtl_bayes.report.figures import PALETTE, coefficient_intervals
@@ -42,7 +42,9 @@ class TargetSummary:
     refusal : str
         Why there are no BLIS vectors; empty if there are.
     export_note : str
-        What the vectors are valid for.
+        The batches the vectors were fitted to.
+    command : str
+        What to type next; empty if nothing fits in a line.
     figures : mapping of str to (str, str, str)
         Heading to caption and the figure's SVG documents, wide and narrow.
     files : mapping of str to str
@@ -62,6 +64,7 @@ class TargetSummary:
     vectors: BlisVectors | None
     refusal: str
     export_note: str = ""
+    command: str = ""
     figures: Mapping[str, tuple[str, str, str]] = field(default_factory=dict)
     files: Mapping[str, str] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)
@@ -114,6 +117,7 @@ def _first_screen(summary: TargetSummary) -> Sequence[Html]:
         element("p", element("span", said), f": {why}", class_="answer"),
         element("h3", "What to do next"),
         element("p", verdict.recommendation),
+        *([element("pre", summary.command)] if summary.command else []),
         class_=f"verdict {tone}",
     )
     others = summary.comparison.mape[ALL].drop(CALIBRATED)
@@ -126,9 +130,9 @@ def _first_screen(summary: TargetSummary) -> Sequence[Html]:
         ),
         _tile("95 % intervals hold", f"{held.coverage:.0%} of steps", f"and {held.block_coverage:.0%} of time-block means"),
         _tile(
-            "Others on the same rows",
-            f"{others.min():.1%} {others.idxmin()}",
-            ", ".join(f"{n} {v:.1%}" for n, v in others.items()),
+            f"Best alternative: {others.idxmin()}",
+            f"{others.min():.1%}",
+            ", ".join(f"{n} {v:.1%}" for n, v in others.drop(others.idxmin()).items()),
         ),
     ]
     if convergence is not None:
@@ -169,7 +173,7 @@ def _percent(value: float) -> str:
 def _accuracy(comparison: Comparison) -> Html:
     methods = list(comparison.mape.index)
     found = comparison.table()
-    header = ["regime", "rows", "attainable", *methods, "bias", "rows in 95 %", "blocks in 95 %"]
+    header = ["regime", "rows", "attainable", *methods, "bias", "rows held", "blocks held"]
     rows = [
         [
             regime,
@@ -184,7 +188,7 @@ def _accuracy(comparison: Comparison) -> Html:
     ]
     caption = (
         "MAPE in per cent. Attainable: what the noise of single steps leaves when the mean is known exactly. Bias and coverage "
-        "are the calibrated target's; intervals should hold 95."
+        "are the calibrated target's: its 95 % intervals should hold 95 % of rows and of block means."
     )
     notes = [element("li", element("b", f"{name}: "), METHODS.get(name, "")) for name in methods]
     return join(
@@ -201,23 +205,23 @@ def _blis(summary: TargetSummary) -> Sequence[Html]:
     heading = element("h2", "Coefficients for BLIS")
     if summary.vectors is None:
         return (heading, element("p", element("b", "Not exported. "), summary.refusal))
-    caution = "" if summary.verdict.accepted else "The verdict is not an accept: use these to see the format, not to plan."
-    beta = zip(BETA_LABELS, summary.vectors.beta, strict=False)
-    rows = [[label, f"{value:.6g}"] for label, value in (*zip(("a0", "a1", "a2"), summary.vectors.alpha, strict=True), *beta)]
+    vectors = summary.vectors
+    card = vectors.as_dict()
+    rows = [[v["label"], f"{v['value']:.6g}", v["unit"]] for v in (*card["alpha"], *card["beta"])]
+    caution = "" if summary.verdict.accepted else "The verdict is not an accept: these show the format and are not to plan with."
+    said = (
+        f"Fitted to {summary.export_note or 'the traffic'}, {vectors.rows} batches: the mean difference from the posterior mean "
+        f"is {vectors.projection_error:.2%}, the largest {vectors.worst_projection_error:.2%}; the mean itself is known to "
+        f"{vectors.posterior_sd:.2%}."
+    )
     return (
         heading,
-        element("p", element("b", caution)) if caution else Html(""),
-        element(
-            "p", f"Flags for blis run or blis replay, valid for this configuration and {summary.export_note or 'its traffic'}:"
-        ),
-        element("pre", blis_flags(summary.vectors).strip()),
-        element(
-            "p",
-            f"Projected on {summary.vectors.rows} batches: the mean difference from the posterior mean is "
-            f"{summary.vectors.projection_error:.2%}, the largest {summary.vectors.worst_projection_error:.2%}.",
-            class_="muted",
-        ),
-        element("details", element("summary", "The values, one by one"), table(["coefficient", "value"], rows)),
+        *([element("p", element("b", caution))] if caution else []),
+        element("p", "Flags for blis run or blis replay:"),
+        element("pre", blis_flags(vectors).strip()),
+        element("p", said, class_="muted"),
+        element("ul", *(element("li", note) for note in vectors.notes), class_="muted"),
+        element("details", element("summary", "The values, one by one"), table(["coefficient", "value", "unit"], rows)),
     )
 
 
