@@ -113,9 +113,7 @@ def test_a_column_that_is_not_finite_is_named_with_its_row() -> None:
         feature_set("hfdtl").design(STEPS.assign(kv_usage=[0.1, np.nan]), DENSE)
 
 
-@pytest.mark.parametrize(
-    ("name", "quantity"), [(n, q) for q in QUANTITIES for n in feature_set_names(q)], ids=str
-)
+@pytest.mark.parametrize(("name", "quantity"), [(n, q) for q in QUANTITIES for n in feature_set_names(q)], ids=str)
 def test_every_feature_says_what_it_is(name: str, quantity: str) -> None:
     features = feature_set(name, quantity)
     units = features.units()

@@ -6,10 +6,12 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from hfdtl_bayes.errors import InputError, UnknownNameError
 from hfdtl_bayes.features import FeatureSet, feature_set, feature_set_names, register_feature_set, registry
+from hfdtl_bayes.features.response import response
 
 
 @pytest.fixture
@@ -80,3 +82,13 @@ def test_references_are_positive_constants() -> None:
     for name in feature_set_names():
         assert (feature_set(name).references > 0).all()
         assert np.isfinite(feature_set(name).references).all()
+
+
+def test_the_response_is_the_difference_of_its_times() -> None:
+    requests = pd.DataFrame({"arrival_s": [1.0, 2.0], "queued_s": [1.25, 1.9995], "scheduled_s": [1.75, 2.5]})
+    np.testing.assert_allclose(response(requests, "queue_delay"), [0.5, 0.5005])
+    # Half a millisecond backwards is one of clocks.
+    np.testing.assert_allclose(response(requests, "api_delay"), [0.25, 0.0])
+    np.testing.assert_allclose(response(pd.DataFrame({"step_time_s": [0.02]}), "step_time"), [0.02])
+    with pytest.raises(InputError, match=r"api_delay needs the column\(s\) arrival_s; found queued_s, scheduled_s"):
+        response(requests.drop(columns="arrival_s"), "api_delay")

@@ -19,9 +19,7 @@ def _configuration(seqs: int, budget: int, capacity: float, longest: int) -> Ser
     return configuration_from_mapping({"config_id": "c", "llm": llm, "hardware": "l4", "engine": engine})
 
 
-sizes = st.tuples(
-    st.integers(1, 2000), st.integers(1, 20000), st.floats(0.5, 1e6) | st.floats(0.5, 400), st.integers(1, 200_000)
-)
+sizes = st.tuples(st.integers(1, 2000), st.integers(1, 20000), st.floats(0.5, 1e6) | st.floats(0.5, 400), st.integers(1, 200_000))
 
 
 @given(sizes)

@@ -177,9 +177,9 @@ def _notes(configuration: ServingConfiguration) -> tuple[str, ...]:
     llm, tp = configuration.llm, configuration.engine.tensor_parallel
     hardware = configuration.hardware
     notes = [
-        "for this configuration only: weight loading, layers and MoE layers do not vary within it and stand in b7 (b3 = b5 = b8 = 0)",
-        f"for hardware of {hardware.peak_flops / 1e12:g} TFLOP/s and {hardware.memory_bandwidth / 1e12:g} TB/s: give BLIS these figures "
-        "with --hardware-config",
+        "for this configuration only: weight loading, layers and MoE layers do not vary in it and stand in b7 (b3, b5, b8 = 0)",
+        f"for hardware of {hardware.peak_flops / 1e12:g} TFLOP/s and {hardware.memory_bandwidth / 1e12:g} TB/s: give BLIS these "
+        "figures with --hardware-config",
     ]
     if llm.num_key_value_heads % tp:
         notes.append(

@@ -28,8 +28,7 @@ def blis_yaml(vectors: BlisVectors) -> str:
         f"mean difference from the posterior mean: {vectors.projection_error:.2%}",
         *vectors.notes,
     ]
-    # A name may hold anything, a line break included, and must not leave the comment.
-    comment = "".join(f"# {' '.join(line.split())}\n" for line in head)
+    comment = "".join(f"# {line}\n" for line in head)
     return comment + yaml.safe_dump(body, sort_keys=False, default_flow_style=None, width=1000)
 
 
