@@ -24,7 +24,7 @@ from hfdtl_bayes.export import (
 )
 from hfdtl_bayes.export.vectors import FEATURE_OF_BETA
 from hfdtl_bayes.features import FeatureSet, feature_set, operating_points
-from hfdtl_bayes.model import LatencyPosterior, PriorSettings
+from hfdtl_bayes.model import LatencyPosterior, PriorSettings, fit
 from hfdtl_bayes.sample import sample_store_path
 from hfdtl_bayes.statistics import config_to_constant, statistics_from_rows
 from hfdtl_bayes.traces import TraceStore, drop_warmup
@@ -114,6 +114,24 @@ def test_recorded_blis_steps_come_back_from_an_exported_vector(shared_data: Path
         theta = _antithetic(_folded(tuple(truth["beta_true"]), configuration), np.eye(len(PHYSICS.coef_names)) * 1e-4)
         vectors = blis_vectors(_posterior(PHYSICS, configuration, theta), configuration, frame)
         assert np.abs(blis_step_time_us(vectors.beta, frame, configuration) - raw["duration_us"]).max() <= 1
+
+
+@pytest.mark.slow
+def test_noisy_blis_runs_give_back_the_step_times_behind_them(shared_data: Path) -> None:
+    """The whole way: BLIS with known coefficients and 5 % noise per step, three donors, a fit, three vectors, BLIS again."""
+    recordings = []
+    for name in RUNS:
+        folder = shared_data / "blis_runs" / name
+        configuration = run_configuration(json.loads((folder / "truth.json").read_text()))
+        raw, frame = run_steps(folder, "noisy")
+        frame = frame.assign(step_time_s=raw["duration_us"] * 1e-6, step_id=raw["step_id"], regime="all")
+        recordings.append((configuration, frame, raw["duration_det_us"].to_numpy()))
+    posterior = fit([statistics_from_rows(f, c, PHYSICS) for c, f, _ in recordings], PHYSICS, show_progress=False, seed=1)
+    for configuration, frame, truth in recordings:
+        vectors = blis_vectors(posterior, configuration, frame)
+        error = blis_step_time_us(vectors.beta, frame, configuration) / truth - 1
+        assert np.abs(error).mean() < 0.005, configuration.config_id
+        assert np.abs(error).max() < 0.03, configuration.config_id
 
 
 def test_a_negative_coefficient_becomes_zero_and_its_partner_makes_up_for_it() -> None:
