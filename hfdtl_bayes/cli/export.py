@@ -45,7 +45,7 @@ def export(
 ) -> None:
     """Export the coefficients of one configuration to BLIS's trained-physics backend, checked."""
     from hfdtl_bayes.cli.traces import WatchedStore, configuration_of  # noqa: PLC0415  (PyMC loads on first use)
-    from hfdtl_bayes.export import BETA_LABELS, blis_flags, blis_vectors, blis_yaml, write_text  # noqa: PLC0415
+    from hfdtl_bayes.export import blis_flags, blis_vectors, blis_yaml, write_text  # noqa: PLC0415
     from hfdtl_bayes.model import LatencyPosterior  # noqa: PLC0415
     from hfdtl_bayes.traces import drop_warmup, read_steps  # noqa: PLC0415
 
@@ -64,19 +64,7 @@ def export(
     alpha0_s = _alpha0(watched, chosen)
     vectors = blis_vectors(posterior, chosen, frame, alpha0_s=alpha0_s, seed=seed)
     text = blis_yaml(vectors) if format is Format.BLIS_YAML else blis_flags(vectors)
-    result: dict[str, Any] = {
-        "config_id": chosen.config_id,
-        "format": str(format),
-        "out": out,
-        "alpha": vectors.alpha,
-        "beta": dict(zip(BETA_LABELS, vectors.beta, strict=False)),
-        "projection_error": vectors.projection_error,
-        "worst_projection_error": vectors.worst_projection_error,
-        "clipped": vectors.clipped,
-        "rows": vectors.rows,
-        "text": text,
-        "seed": seed,
-    }
+    result: dict[str, Any] = {**vectors.as_dict(), "format": str(format), "out": out, "text": text, "seed": seed}
     say(vectors.summary())
     if out is not None:
         with writing(out):
