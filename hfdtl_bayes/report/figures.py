@@ -29,7 +29,7 @@ from hfdtl_bayes.statistics import DEFAULT_BLOCK_LENGTH, config_to_constant
 
 PALETTE: dict[str, str] = {
     "ink": "#1f2430",
-    "muted": "#767c89",
+    "muted": "#666d7a",
     "line": "#d5d8de",
     "blue": "#2a6ebb",
     "orange": "#d1610a",

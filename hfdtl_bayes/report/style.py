@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from hfdtl_bayes.report.figures import PALETTE
 
-_DARK: dict[str, str] = {
+LIGHT: dict[str, str] = {**PALETTE, "ground": "#ffffff", "card": "#f6f7f9", "good": "#2b7a4b", "bad": "#b3261e"}
+"""Colours by role on a light ground: those of figures, then the page's own."""
+
+DARK: dict[str, str] = {
     "ink": "#e6e8ee",
     "muted": "#9aa1b0",
     "line": "#3a3f4b",
@@ -12,8 +15,12 @@ _DARK: dict[str, str] = {
     "orange": "#f39a4b",
     "purple": "#c79be0",
     "green": "#74c79a",
+    "ground": "#14161b",
+    "card": "#1d2027",
+    "good": "#6fd39b",
+    "bad": "#ff8a80",
 }
-"""The roles of `PALETTE` on a dark ground: lighter, with the same hues."""
+"""The same roles on a dark ground: lighter, with the same hues."""
 
 _RULES = """
 *{box-sizing:border-box}
@@ -62,10 +69,8 @@ ul{margin:.4rem 0;padding-left:1.2rem}
 
 def stylesheet() -> str:
     """Return the CSS, with the colours of figures as variables."""
-    light = {**PALETTE, "ground": "#ffffff", "card": "#f6f7f9", "good": "#2b7a4b", "bad": "#b3261e"}
-    dark = {**_DARK, "ground": "#14161b", "card": "#1d2027", "good": "#6fd39b", "bad": "#ff8a80"}
 
     def variables(colours: dict[str, str]) -> str:
         return ":root{" + ";".join(f"--{name}:{colour}" for name, colour in colours.items()) + "}"
 
-    return f":root{{color-scheme:light dark}}{variables(light)}@media(prefers-color-scheme:dark){{{variables(dark)}}}{_RULES}"
+    return f":root{{color-scheme:light dark}}{variables(LIGHT)}@media(prefers-color-scheme:dark){{{variables(DARK)}}}{_RULES}"
