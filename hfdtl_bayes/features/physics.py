@@ -36,12 +36,9 @@ class RooflineSettings:
     """Share of peak bandwidth weight streaming reaches: places the bend."""
     expert_compute_efficiency: float = 0.5
     """The same for grouped expert GEMMs, which reach less."""
-    sharpness: float = 4.0
-    """Exponent p of the smooth maximum (a^p + b^p)^(1/p): a hard maximum is too sharp near the bend."""
-    gemm_tile_rows: int = 64
-    """Tokens are padded to whole tiles of this many rows."""
-    expert_tile_rows: int = 64
-    """Tokens of each expert are padded to whole tiles of this many rows."""
+    sharpness: float = 3.0
+    """Exponent p of the smooth maximum (a^p + b^p)^(1/p). Measured GEMMs take 1.3 to 1.4 times the larger of the two where
+    compute and memory are equal, which is 2^(1/p) with p between 2 and 3."""
     routing_skew: float = 0.8
     """Zipf exponent of expert popularity. Routing is not uniform, so fewer distinct experts are hit than a
     uniform draw would give; 0 is uniform."""
@@ -62,12 +59,12 @@ def _column(frame: pd.DataFrame, name: str) -> FloatArray:
 
 
 def batch_tokens(frame: pd.DataFrame) -> FloatArray:
-    """Tokens computed in the step, shape (n,)."""
+    """Return the tokens computed in the step, shape (n,)."""
     return _column(frame, "prefill_tokens") + _column(frame, "decode_tokens")
 
 
 def batch_requests(frame: pd.DataFrame) -> FloatArray:
-    """Requests scheduled in the step, shape (n,)."""
+    """Return the requests scheduled in the step, shape (n,)."""
     return _column(frame, "prefill_requests") + _column(frame, "decode_requests")
 
 
@@ -129,17 +126,12 @@ def smooth_max(a: FloatArray, b: FloatArray | float, sharpness: float) -> FloatA
     return (a**sharpness + b**sharpness) ** (1.0 / sharpness)
 
 
-def _padded(rows: FloatArray, tile: int) -> FloatArray:
-    return np.ceil(rows / tile) * tile
-
-
 def gemm_excess_s(frame: pd.DataFrame, configuration: ServingConfiguration, settings: RooflineSettings = SETTINGS) -> FloatArray:
     """Dense GEMM time beyond the reading of the weights, in ideal compute seconds, shape (n,).
 
-    For each GEMM: e_c * (smoothmax(F / (e_c P), M / (e_m W)) - M_w / (e_m W)), with F the FLOPs of the rows padded to
-    whole tiles, M the bytes of weights and activations, M_w those of the weights alone. It is near zero while a step
-    is memory-bound and grows like F / P once it is compute-bound, which is how max(compute, memory) enters a model
-    that stays linear in its coefficients.
+    For each GEMM: e_c * (smoothmax(F / (e_c P), M / (e_m W)) - M_w / (e_m W)), with F the FLOPs, M the bytes of weights and
+    activations, M_w those of the weights alone. It is near zero while a step is memory-bound and grows like F / P once it
+    is compute-bound, which is how max(compute, memory) enters a model that stays linear in its coefficients.
     """
     llm, hardware = configuration.llm, configuration.hardware
     peak, width = peak_flops(configuration), hardware.memory_bandwidth
@@ -147,11 +139,30 @@ def gemm_excess_s(frame: pd.DataFrame, configuration: ServingConfiguration, sett
     excess = np.zeros(len(frame))
     for g in dense_gemms(configuration):
         rows = requests if g.per_request else tokens
-        compute = 2.0 * _padded(rows, settings.gemm_tile_rows) * g.inner * g.outer / peak / settings.compute_efficiency
+        compute = 2.0 * rows * g.inner * g.outer / peak / settings.compute_efficiency
         weights = g.inner * g.outer * llm.weight_bytes_per_param / width / settings.memory_efficiency
         activations = rows * (g.inner + g.outer) * 2.0 / width / settings.memory_efficiency
         excess += g.count * (smooth_max(compute, weights + activations, settings.sharpness) - weights)
     return excess * settings.compute_efficiency
+
+
+def hidden_s(work_s: FloatArray, excess_s: FloatArray) -> FloatArray:
+    """Compute time that disappears under the reading of weights, shape (n,): max(work - excess, 0).
+
+    It grows with the batch while a step is memory-bound and stays constant once it is compute-bound, so that its coefficient
+    (0 where hiding is perfect) cannot carry an error of light traffic into heavy traffic.
+    """
+    return np.maximum(work_s - excess_s, 0.0)
+
+
+def gemm_hidden_s(frame: pd.DataFrame, configuration: ServingConfiguration) -> FloatArray:
+    """`hidden_s` of the dense GEMMs, shape (n,)."""
+    return hidden_s(gemm_s(frame, configuration), gemm_excess_s(frame, configuration))
+
+
+def expert_gemm_hidden_s(frame: pd.DataFrame, configuration: ServingConfiguration) -> FloatArray:
+    """`hidden_s` of the routed experts' GEMMs, shape (n,)."""
+    return hidden_s(expert_gemm_s(frame, configuration), expert_gemm_excess_s(frame, configuration))
 
 
 @cache
@@ -175,7 +186,7 @@ def expert_inclusion_probability(num_experts: int, experts_per_token: int, skew:
 
 
 def distinct_experts(tokens: FloatArray, configuration: ServingConfiguration, skew: float) -> FloatArray:
-    """Expected number of distinct routed experts hit by `tokens` tokens in one layer, shape (n,).
+    """Return the expected number of distinct routed experts hit by `tokens` tokens in one layer, shape (n,).
 
     sum over experts of 1 - (1 - q_e)^tokens, with q_e from `expert_inclusion_probability`.
     """
@@ -209,15 +220,10 @@ def expert_gemm_s(frame: pd.DataFrame, configuration: ServingConfiguration) -> F
 def expert_gemm_excess_s(
     frame: pd.DataFrame, configuration: ServingConfiguration, settings: RooflineSettings = SETTINGS
 ) -> FloatArray:
-    """As `gemm_excess_s` for the grouped expert GEMMs, each hit expert's tokens padded to whole tiles, shape (n,)."""
-    llm = configuration.llm
-    if not llm.num_moe_layers:
+    """As `gemm_excess_s` for the grouped GEMMs of the routed experts: all together, against the experts that are hit, shape (n,)."""
+    if not configuration.llm.num_moe_layers:
         return np.zeros(len(frame))
-    tokens, tp = batch_tokens(frame), configuration.engine.tensor_parallel
-    hit = distinct_experts(tokens, configuration, settings.routing_skew)
-    rows = llm.num_experts_per_token * tokens / np.maximum(hit, 1e-9)
-    flops = 2.0 * hit * _padded(rows, settings.expert_tile_rows) * llm.expert_params * llm.num_moe_layers
-    compute = flops / tp / peak_flops(configuration) / settings.expert_compute_efficiency
+    compute = expert_gemm_s(frame, configuration) / settings.expert_compute_efficiency
     read = expert_weight_read_s(frame, configuration, settings) / settings.memory_efficiency
     return (smooth_max(compute, read, settings.sharpness) - read) * settings.expert_compute_efficiency
 
@@ -230,25 +236,43 @@ def prefill_attention_s(frame: pd.DataFrame, configuration: ServingConfiguration
 
 
 def kv_read_s(frame: pd.DataFrame, configuration: ServingConfiguration) -> FloatArray:
-    """Reading the KV cache of the decoding requests at peak bandwidth, shape (n,).
+    """Read the KV cache of the decoding requests, shape (n,).
 
-    context_tokens * kv_bytes_per_token / tp / bandwidth, with KV heads replicated below one per GPU.
+    context_tokens * kv_bytes_per_token / tp / (share of the peak bandwidth that decode attention reaches), with KV heads
+    replicated below one per GPU. The share is 1 on a GPU; see `HostOverheads.attention_bandwidth_share`.
     """
     llm, tp = configuration.llm, configuration.engine.tensor_parallel
-    share = max(llm.num_key_value_heads / tp, 1.0) / llm.num_key_value_heads
-    return _column(frame, "context_tokens") * llm.kv_bytes_per_token * share / configuration.hardware.memory_bandwidth
+    replicated = max(llm.num_key_value_heads / tp, 1.0) / llm.num_key_value_heads
+    width = configuration.hardware.memory_bandwidth * host_overheads(configuration).attention_bandwidth_share
+    return _column(frame, "context_tokens") * llm.kv_bytes_per_token * replicated / width
+
+
+NVLINK_FLOOR = 100e9
+"""Links slower than this, in byte/s per direction, are PCIe: the slowest NVLink (V100) has 150e9, PCIe Gen5 x16 has 64e9."""
+
+
+def link_contention(configuration: ServingConfiguration) -> float:
+    """Return by how much an all-reduce between the GPUs slows because they share links: 1 with NVLink.
+
+    Without NVLink the traffic of more than two GPUs crosses the host's root complex, which they share: the number of GPUs.
+    Measured all-reduces of 4 MB and more on L40S (AIConfigurator, vLLM 0.22) take 1.7, 8.6 and 16.4 times the ideal ring on 2, 4
+    and 8 GPUs, against 1.4 to 3.2 on NVLink whatever the number.
+    """
+    tp = configuration.engine.tensor_parallel
+    shared = tp > 2 and configuration.hardware.interconnect_bandwidth < NVLINK_FLOOR
+    return float(tp) if shared else 1.0
 
 
 def all_reduce_s(frame: pd.DataFrame, configuration: ServingConfiguration) -> FloatArray:
     """Two ring all-reduces per layer at the interconnect's peak, shape (n,); zero at tp = 1.
 
-    2 * layers * tokens * hidden_size * 2 bytes * 2 * (tp - 1) / tp / interconnect_bandwidth.
+    2 * layers * tokens * hidden_size * 2 bytes * 2 * (tp - 1) / tp / interconnect_bandwidth * `link_contention`.
     """
     llm, tp = configuration.llm, configuration.engine.tensor_parallel
     if tp == 1:
         return np.zeros(len(frame))
     volume = 2.0 * llm.num_layers * batch_tokens(frame) * llm.hidden_size * 2.0 * 2.0 * (tp - 1) / tp
-    return volume / configuration.hardware.interconnect_bandwidth
+    return volume / configuration.hardware.interconnect_bandwidth * link_contention(configuration)
 
 
 @dataclass(frozen=True)
@@ -264,10 +288,13 @@ class HostOverheads:
     layer_s: float
     collective_s: float
     sequence_s: float
+    attention_bandwidth_share: float
+    """Share of the memory bandwidth that decode attention reaches when the feature counts as 1. A GPU's kernel is bound by
+    memory; a CPU core converts and multiplies element by element and reads about a sixth of what it streams."""
 
 
-GPU_HOST = HostOverheads(step_s=1e-3, layer_s=10e-6, collective_s=10e-6, sequence_s=50e-6)
-CPU_HOST = HostOverheads(step_s=5e-3, layer_s=500e-6, collective_s=200e-6, sequence_s=200e-6)
+GPU_HOST = HostOverheads(step_s=1e-3, layer_s=10e-6, collective_s=10e-6, sequence_s=50e-6, attention_bandwidth_share=1.0)
+CPU_HOST = HostOverheads(step_s=5e-3, layer_s=500e-6, collective_s=200e-6, sequence_s=200e-6, attention_bandwidth_share=1 / 6)
 
 
 def host_overheads(configuration: ServingConfiguration) -> HostOverheads:
@@ -276,7 +303,7 @@ def host_overheads(configuration: ServingConfiguration) -> HostOverheads:
 
 
 def reference_step_s(configuration: ServingConfiguration) -> float:
-    """A rough decode step from the configuration alone: weights read at 75 % of peak bandwidth plus host time, in seconds.
+    """Return a rough decode step from the configuration alone: weights read at 75 % of peak bandwidth plus host time, in seconds.
 
     It is the unit in which queueing features are expressed, so that their coefficients transfer.
     """

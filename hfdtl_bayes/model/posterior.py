@@ -21,6 +21,7 @@ from hfdtl_bayes.errors import HfdtlError, InputError, MissingInputError, Poster
 from hfdtl_bayes.features import FeatureSet, feature_set
 from hfdtl_bayes.model.diagnostics import Convergence, convergence
 from hfdtl_bayes.model.priors import PositiveRange, PriorSettings, deviation_scale
+from hfdtl_bayes.model.pymc_model import hardware_names
 from hfdtl_bayes.model.sampling import SamplerSettings, sample
 from hfdtl_bayes.statistics import (
     ConfigStatistics,
@@ -135,8 +136,10 @@ class LatencyPosterior:
     def draws(self, configuration: ServingConfiguration, seed: int = 0) -> Draws:
         """Return draws for a configuration: its own if it was fitted, otherwise those of a NEW one from the population.
 
-        For a new configuration theta = A phi + tau * scale * Normal(0, 1), with A phi the population's coefficients for
-        these config features, and log sigma, log omega drawn around their typical values. No fitted group is reused.
+        For a new configuration theta = A phi + w_h + sqrt(1 - rho) * tau * scale * Normal(0, 1), with A phi the population's
+        coefficients for these config features and w_h the effect of its hardware, drawn anew from Normal(0, rho (tau *
+        scale)^2) if no fitted configuration runs on it; log sigma and log omega are drawn around their typical values. No
+        fitted group is reused.
 
         Parameters
         ----------
@@ -159,8 +162,7 @@ class LatencyPosterior:
             return Draws(self.draws_of("theta")[:, c], self.draws_of("sigma")[:, c], self.draws_of("omega")[:, c], True)
         rng = np.random.default_rng(seed)
         centre = self.population_draws(configuration)
-        sd = self.draws_of("tau") * deviation_scale(self.feature_set)
-        theta = centre + sd * rng.standard_normal(centre.shape)
+        theta = centre + self.deviation_sd(configuration) * rng.standard_normal(centre.shape)
 
         def new_scale(name: str) -> FloatArray:
             spread = self.draws_of(f"{name}_spread")
@@ -168,13 +170,30 @@ class LatencyPosterior:
 
         return Draws(theta, new_scale("sigma"), new_scale("omega"), False)
 
+    def _hardware(self, configuration: ServingConfiguration) -> int | None:
+        """Return the index of a configuration's hardware among those fitted; None if it is new."""
+        names = hardware_names(self.statistics)
+        name = configuration.hardware.name
+        return names.index(name) if name in names else None
+
     def population_draws(self, configuration: ServingConfiguration) -> FloatArray:
-        """Return draws of A phi, the centre that a configuration's coefficients deviate from, shape (S, K)."""
+        """Return draws of the centre that a configuration's coefficients deviate from, shape (S, K).
+
+        A phi, plus the effect of its hardware where a fitted configuration runs on it.
+        """
         centre = np.concatenate([self.draws_of("beta"), self.draws_of("delta")], axis=1)
         if self.feature_set.config:
             gamma = self.draws_of("gamma")
             centre[:, len(self.feature_set.base)] += gamma @ config_to_constant(self.feature_set, configuration)
-        return centre
+        h = self._hardware(configuration)
+        return centre if h is None else centre + self.draws_of("hardware_effect")[:, h]
+
+    def deviation_sd(self, configuration: ServingConfiguration) -> FloatArray:
+        """Return draws of the sd of a configuration's coefficients around `population_draws`, shape (S, K)."""
+        total = self.draws_of("tau") * deviation_scale(self.feature_set)
+        if self._hardware(configuration) is None:
+            return np.asarray(total)
+        return np.asarray(np.sqrt(1.0 - self.draws_of("hardware_share"))[:, None] * total)
 
     def expected_s(self, frame: pd.DataFrame, configuration: ServingConfiguration, seed: int = 0) -> FloatArray:
         """Return the posterior mean of the expected value of each row, shape (n,), in seconds."""
@@ -380,7 +399,7 @@ class LatencyPosterior:
                 f"{path} was fitted with version {header['package_version']}, where feature(s) {', '.join(changed)} of "
                 f"{features.name!r} were defined otherwise; its coefficients would be misread. Fit it again"
             )
-        priors = PriorSettings(**{k: PositiveRange(**v) for k, v in header["priors"].items()})
+        priors = PriorSettings(**{k: PositiveRange(**v) if isinstance(v, dict) else v for k, v in header["priors"].items()})
         statistics = tuple(statistics_from_dataset(tree[f"statistics/{c}"].to_dataset(inherit=False)) for c in header["configs"])
         if input_hash(statistics) != header["input_hash"]:
             raise PosteriorFileError(f"{path}: the statistics do not match their hash; the file was altered. Fit it again")

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import beta
 
 from hfdtl_bayes.errors import InputError
 from hfdtl_bayes.features import FeatureSet
@@ -55,6 +56,9 @@ class PriorSettings:
     deviation: PositiveRange = PositiveRange(0.1, 0.6)
     """Sd of a configuration's own slope around the population's, relative to the slope: efficiencies of GPUs,
     kernels and models differ by some tens of per cent."""
+    hardware_share: float = 2.0
+    """Both parameters of the Beta prior of the share of that variance which configurations on the same hardware have in common:
+    2 says neither all nor nothing, 90 % between 0.14 and 0.86, because two or three donors cannot tell."""
     noise: PositiveRange = PositiveRange(0.01, 0.5)
     """Relative sd of one row around its mean, typical over configurations: 3 % on a quiet GPU, 30 % on a shared CPU."""
     noise_spread: PositiveRange = PositiveRange(0.2, 1.0)
@@ -63,6 +67,17 @@ class PriorSettings:
     """Relative sd of the machine's speed between time blocks, typical over configurations: 10-20 % on shared CPUs."""
     drift_spread: PositiveRange = PositiveRange(0.2, 1.0)
     """Sd between configurations of the logarithm of the drift."""
+
+    def __post_init__(self) -> None:
+        """Refuse a share that is no Beta parameter.
+
+        Raises
+        ------
+        InputError
+            Unless `hardware_share` is positive and finite.
+        """
+        if not 0 < self.hardware_share < float("inf"):
+            raise InputError(f"hardware_share must be a positive number, found {self.hardware_share}")
 
     def sentences(self, feature_set: FeatureSet) -> tuple[str, ...]:
         """Return every prior as a sentence a planner can agree or disagree with."""
@@ -73,6 +88,10 @@ class PriorSettings:
         return (
             *feature_set.prior_sentences(),
             said("the sd of a configuration's own coefficient, relative to the coefficient's size,", self.deviation),
+            said(
+                "the share of that variance common to configurations on the same hardware",
+                PositiveRange(*(float(beta(self.hardware_share, self.hardware_share).ppf(q)) for q in (0.05, 0.95))),
+            ),
             said("the typical relative noise of one row", self.noise),
             said("the spread of log noise between configurations", self.noise_spread),
             said("the typical relative drift between time blocks", self.drift),

@@ -3,9 +3,11 @@
 For configuration c, base features b, config features g (folded into the constant) and residual features r:
 
     y_ci  = b_ci' (beta + u_c) + g_c' gamma + r_ci' (delta + v_c) + s_ci (d_cB(i) + eps_ci)
-    u_c, v_c ~ Normal(0, (tau * scale)^2)     d ~ Normal(0, omega_c^2)     eps ~ Normal(0, sigma_c^2)
+    (u_c, v_c) = w_h(c) + e_c                 w_h ~ Normal(0, rho (tau * scale)^2)     e_c ~ Normal(0, (1 - rho) (tau * scale)^2)
+    d ~ Normal(0, omega_c^2)                  eps ~ Normal(0, sigma_c^2)
 
-With theta_c = (beta + u_c, delta + v_c) shifted by the config features, and [R, z] the orthogonal factors of
+The deviations of configurations on the same hardware h have the part w_h in common: how close its kernels come to peak is largely a
+property of the GPU. With theta_c = (beta + u_c, delta + v_c) shifted by the config features, and [R, z] the orthogonal factors of
 configuration c's scaled rows, the likelihood of all rows is, up to a constant,
 
     z ~ Normal(R theta_c, sd)      rss ~ sd^2 * chi-square(dof)      sd^2 = sigma_c^2 + multiplier * omega_c^2
@@ -28,10 +30,22 @@ from hfdtl_bayes.model.priors import PositiveRange, PriorSettings, deviation_sca
 from hfdtl_bayes.statistics import ConfigStatistics, PseudoRows, pseudo_rows
 
 
+def hardware_names(statistics: Sequence[ConfigStatistics]) -> tuple[str, ...]:
+    """Return the names of the hardware of the configurations, sorted, each once."""
+    return tuple(sorted({s.configuration.hardware.name for s in statistics}))
+
+
+def hardware_index(statistics: Sequence[ConfigStatistics]) -> np.ndarray:
+    """Return the index into `hardware_names` of each configuration, shape (C,)."""
+    names = hardware_names(statistics)
+    return np.array([names.index(s.configuration.hardware.name) for s in statistics])
+
+
 def model_data(statistics: Sequence[ConfigStatistics], feature_set: FeatureSet, priors: PriorSettings) -> dict[str, np.ndarray]:
     """Return the values of every `pm.Data` of the model, by name; replace them to refit without compiling again."""
     rows: PseudoRows = pseudo_rows(statistics)
     return {
+        "hardware_index": hardware_index(statistics).astype(np.int32),
         "config_row": np.array([s.config_row for s in statistics]).reshape(len(statistics), -1),
         "r": rows.r,
         "z_observed": rows.z,
@@ -58,8 +72,9 @@ def build_model(statistics: Sequence[ConfigStatistics], feature_set: FeatureSet,
     Returns
     -------
     pm.Model
-        Free variables beta (base), gamma (config_feature), delta (residual), tau (coef), theta (config, coef), sigma and omega
-        (config) with their population medians and spreads, all in reference units.
+        Variables beta (base), gamma (config_feature), delta (residual), tau (coef), hardware_share, hardware_effect (hardware,
+        coef), theta (config, coef), sigma and omega (config) with their population medians and spreads, all in reference
+        units. hardware_effect_z is hardware_effect in units of its sd.
 
     Raises
     ------
@@ -77,6 +92,7 @@ def build_model(statistics: Sequence[ConfigStatistics], feature_set: FeatureSet,
         "config_feature": [f.name for f in feature_set.config],
         "residual": [f.name for f in feature_set.residual],
         "coef": list(feature_set.coef_names),
+        "hardware": list(hardware_names(statistics)),
     }
     values = model_data(statistics, feature_set, priors)
     with pm.Model(coords=coords) as model:
@@ -90,7 +106,12 @@ def build_model(statistics: Sequence[ConfigStatistics], feature_set: FeatureSet,
         if n_config:
             gamma = pm.Normal("gamma", mean[config], sd[config], dims="config_feature")
             centre = pt.inc_subtensor(centre[:, n_base], data["config_row"] @ gamma)
-        theta = group_effects("theta", centre, tau * deviation_scale(feature_set), data, ("config", "coef"))
+        share = pm.Beta("hardware_share", priors.hardware_share, priors.hardware_share)
+        deviation = tau * deviation_scale(feature_set)
+        hardware_z = pm.Normal("hardware_effect_z", dims=("hardware", "coef"))
+        hardware = pm.Deterministic("hardware_effect", pt.sqrt(share) * deviation * hardware_z, dims=("hardware", "coef"))
+        centre = centre + hardware[data["hardware_index"]]
+        theta = group_effects("theta", centre, pt.sqrt(1 - share) * deviation, data, ("config", "coef"))
         sigma = _pooled_scale("sigma", priors.noise, priors.noise_spread)
         omega = _pooled_scale("omega", priors.drift, priors.drift_spread)
 

@@ -27,7 +27,7 @@ from hfdtl_bayes.features import FeatureSet
 from hfdtl_bayes.model.coordinates import reference_errors
 from hfdtl_bayes.model.priors import PriorSettings
 from hfdtl_bayes.model.progress import progress
-from hfdtl_bayes.model.pymc_model import build_model, check_statistics, model_data
+from hfdtl_bayes.model.pymc_model import build_model, check_statistics, hardware_names, model_data
 from hfdtl_bayes.statistics import ConfigStatistics
 
 
@@ -105,6 +105,8 @@ def _starting_point(
         "sigma_log__": errors[:, 0],
         "omega_log__": errors[:, 1],
         "tau_log__": np.full(k, priors.deviation.log_mean),
+        "hardware_share_logodds__": np.array(0.0),
+        "hardware_effect_z": np.zeros((len(hardware_names(statistics)), k)),
         "sigma_typical_log__": np.array(errors[:, 0].mean()),
         "omega_typical_log__": np.array(errors[:, 1].mean()),
         "sigma_spread_log__": np.array(priors.noise_spread.log_mean),
@@ -247,10 +249,11 @@ def _to_tree(
         "config_feature": [f.name for f in feature_set.config],
         "residual": [f.name for f in feature_set.residual],
         "coef": list(feature_set.coef_names),
+        "hardware": list(hardware_names(statistics)),
     }
     order = {name: array for name, array in zip(compiled.outputs, arrays, strict=True)}
     posterior = {}
-    for rv in compiled.model.free_RVs:
+    for rv in (*compiled.model.free_RVs, *compiled.model.deterministics):
         dims = ("chain", "draw", *compiled.model.named_vars_to_dims.get(rv.name, ()))
         array = np.ascontiguousarray(order[rv.name])
         posterior[rv.name] = (dims, array.reshape(settings.chains, settings.draws, *array.shape[1:]))

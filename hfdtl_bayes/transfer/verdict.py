@@ -12,7 +12,6 @@ import pandas as pd
 from hfdtl_bayes.configuration import ServingConfiguration
 from hfdtl_bayes.errors import InputError
 from hfdtl_bayes.model import LatencyPosterior
-from hfdtl_bayes.model.priors import deviation_scale
 from hfdtl_bayes.statistics import DEFAULT_BLOCK_LENGTH
 from hfdtl_bayes.transfer.evaluation import HeldOut, evaluate
 
@@ -114,7 +113,7 @@ def deviation_z(posterior: LatencyPosterior, config_id: str) -> pd.Series:
     configuration = posterior.configuration(config_id)
     c = posterior.config_ids.index(config_id)
     difference = posterior.draws_of("theta")[:, c] - posterior.population_draws(configuration)
-    tau = np.median(posterior.draws_of("tau"), axis=0) * deviation_scale(posterior.feature_set)
+    tau = np.median(posterior.deviation_sd(configuration), axis=0)
     z = np.abs(difference.mean(axis=0)) / np.hypot(tau, difference.std(axis=0))
     return pd.Series(z, index=list(posterior.feature_set.coef_names))
 

@@ -1,0 +1,347 @@
+"""The exact engine: coefficients integrated out in closed form, only the scales sampled.
+
+Given the scales psi = (tau, rho, sigma, omega) the model of `pymc_model` is linear and Gaussian. In standard normal coordinates
+
+    theta_c = A_c (m + S xi) + W omega_h(c) + D eta_c          xi, omega_h, eta_c ~ Normal(0, I)
+
+with m, S the prior means and sds of (beta, gamma, delta), W = sqrt(rho) tau scale and D = sqrt(1 - rho) tau scale diagonal. With G_c and h_c
+the information matrix and vector of configuration c's rows at (sigma_c, omega_c), eta, omega and xi are eliminated one after
+the other:
+
+    M_c = I + D G_c D               G1_c = G_c D M_c^-1 D^-1         g1_c = (D M_c^-1 D^-1)' g_c
+    N_h = I + W (sum_c G1_c) W      Lambda = I + sum_c F_c' G1_c F_c - sum_h H_h' W N_h^-1 W H_h,    F_c = A_c S,  H_h = sum_c G1_c F_c
+
+which gives log p(rows | psi). Its gradient is the posterior mean of the gradient of the complete-data log density (Fisher's
+identity), so only second moments of eta, omega and theta are needed. Nothing is divided by a scale that may be small, so
+a group sd near zero is harmless where samplers of the coefficients get stuck. NUTS moves in psi alone (about two dozen smooth
+dimensions, no compilation); then (beta, gamma, delta, w, theta) are drawn from their exact conditional.
+
+The elimination is that of Gaussian hierarchical models in general: Lindley & Smith (1972), doi:10.1111/j.2517-6161.1972.tb00885.x.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hfdtl_bayes.features import FeatureSet
+from hfdtl_bayes.model.coordinates import reference_errors
+from hfdtl_bayes.model.priors import PriorSettings, deviation_scale, population_mean, population_sd
+from hfdtl_bayes.model.pymc_model import hardware_index, hardware_names
+from hfdtl_bayes.statistics import ConfigStatistics
+
+FloatArray = NDArray[np.float64]
+
+_SMALLEST_NOISE = 1e-6
+"""Relative noise below which rows are taken to be free of it: a perfect fit would make the noise zero."""
+
+
+def _t(matrix: FloatArray) -> FloatArray:
+    return np.swapaxes(matrix, -1, -2)
+
+
+@dataclass(frozen=True)
+class Information:
+    """The statistics of C configurations as Gram matrices per stratum, around a least-squares fit of each.
+
+    Attributes
+    ----------
+    gram : ndarray, shape (C, J, K, K)
+        R'R of each stratum; strata padded with zeros to J.
+    target : ndarray, shape (C, J, K)
+        R'(z - R reference).
+    square : ndarray, shape (C, J)
+        Squared length of z - R reference, residual sum of squares included.
+    count, multiplier : ndarray, shape (C, J)
+        Rows of each stratum and their drift multiplier.
+    reference : ndarray, shape (C, K)
+        Least-squares coefficients that `target` and `square` are taken around, so that nothing cancels.
+    """
+
+    gram: FloatArray
+    target: FloatArray
+    square: FloatArray
+    count: FloatArray
+    multiplier: FloatArray
+    reference: FloatArray
+
+
+def information(statistics: Sequence[ConfigStatistics]) -> Information:
+    """Compute the Gram matrices of several configurations."""
+    k = len(statistics[0].coef_names)
+    width = max(len(s.strata) for s in statistics)
+    shape = (len(statistics), width)
+    gram, target = np.zeros((*shape, k, k)), np.zeros((*shape, k))
+    square, count, multiplier = np.zeros(shape), np.zeros(shape), np.zeros(shape)
+    reference = np.zeros((len(statistics), k))
+    for c, own in enumerate(statistics):
+        stacked = np.vstack([s.triangle for s in own.strata])
+        reference[c] = np.linalg.lstsq(stacked[:, :k], stacked[:, k], rcond=1e-10)[0]
+        for j, stratum in enumerate(own.strata):
+            design = stratum.triangle[:, :k]
+            left = stratum.triangle[:, k] - design @ reference[c]
+            gram[c, j], target[c, j] = design.T @ design, design.T @ left
+            square[c, j] = max(float(left @ left), stratum.count * _SMALLEST_NOISE**2)
+            count[c, j], multiplier[c, j] = stratum.count, stratum.multiplier
+    return Information(gram, target, square, count, multiplier, reference)
+
+
+@dataclass(frozen=True)
+class _Solved:
+    """Everything the elimination leaves, for one or many values of the scales (leading dimensions)."""
+
+    log_density: FloatArray
+    variance: FloatArray
+    own_inverse: FloatArray
+    shrink: FloatArray
+    own_target: FloatArray
+    hardware_inverse: FloatArray
+    hardware_map: FloatArray
+    hardware_target: FloatArray
+    population_inverse: FloatArray
+    population_mean: FloatArray
+    gram: FloatArray
+    centred_target: FloatArray
+
+
+class ExactDensity:
+    """The log posterior density of the scales, with gradient, and exact draws of the coefficients given them.
+
+    Parameters
+    ----------
+    statistics : sequence of ConfigStatistics
+    feature_set : FeatureSet
+    priors : PriorSettings
+
+    Notes
+    -----
+    Unconstrained coordinates, in order: log tau (K), logit rho, log sigma (C), log omega (C), log sigma_typical, log sigma_spread, log
+    omega_typical, log omega_spread.
+    """
+
+    def __init__(self, statistics: Sequence[ConfigStatistics], feature_set: FeatureSet, priors: PriorSettings) -> None:
+        self.priors = priors
+        self.info = information(statistics)
+        self.scale = deviation_scale(feature_set)
+        self.mean, self.sd = population_mean(feature_set), population_sd(feature_set)
+        self.count_config, self.count_coef = len(statistics), len(self.scale)
+        self.hardware = hardware_index(statistics)
+        count_hardware = len(hardware_names(statistics))
+        self.membership = np.zeros((count_hardware, self.count_config))
+        self.membership[self.hardware, np.arange(self.count_config)] = 1.0
+        base, config = len(feature_set.base), len(feature_set.config)
+        loading = np.zeros((self.count_config, self.count_coef, len(self.mean)))
+        loading[:, range(base), range(base)] = 1.0
+        loading[:, range(base, self.count_coef), range(base + config, len(self.mean))] = 1.0
+        if config:
+            loading[:, base, base : base + config] = [s.config_row for s in statistics]
+        self.loading = loading * self.sd
+        self.offset = loading @ self.mean - self.info.reference
+        # Contractions over strata as plain matrix products: numpy's einsum costs more than the arithmetic here.
+        self._flat_gram = self.info.gram.reshape(self.count_config, -1, self.count_coef**2)
+        self.start = self._start(statistics)
+
+    def _start(self, statistics: Sequence[ConfigStatistics]) -> FloatArray:
+        errors = np.log([reference_errors(s, self.priors) for s in statistics])
+        typical = errors.mean(axis=0)
+        p = self.priors
+        return np.concatenate(
+            [
+                np.full(self.count_coef, p.deviation.log_mean),
+                [0.0],
+                errors[:, 0],
+                errors[:, 1],
+                [typical[0], p.noise_spread.log_mean, typical[1], p.drift_spread.log_mean],
+            ]
+        )
+
+    @property
+    def size(self) -> int:
+        """Number of unconstrained coordinates."""
+        return len(self.start)
+
+    def split(self, x: FloatArray) -> tuple[FloatArray, ...]:
+        """Split coordinates (..., size) into log tau, logit rho, log sigma, log omega and the four population scales."""
+        k, c = self.count_coef, self.count_config
+        parts = np.split(x, [k, k + 1, k + 1 + c, k + 1 + 2 * c], axis=-1)
+        return (parts[0], parts[1][..., 0], parts[2], parts[3], *np.moveaxis(parts[4], -1, 0))
+
+    def _solve(self, tau: FloatArray, share: FloatArray, sigma: FloatArray, omega: FloatArray) -> _Solved:
+        k = self.count_coef
+        identity = np.eye(k)
+        total = tau * self.scale
+        own_sd = np.sqrt(1 - share)[..., None] * total
+        shared_sd = np.sqrt(share)[..., None] * total
+        variance = sigma[..., None] ** 2 + self.info.multiplier * omega[..., None] ** 2
+        weight = 1.0 / variance
+        gram = (weight[..., None, :] @ self._flat_gram)[..., 0, :].reshape(*weight.shape[:-1], k, k)
+        target = (weight[..., None, :] @ self.info.target)[..., 0, :]
+        square = (weight * self.info.square).sum(axis=-1)
+        moved = (gram @ self.offset[..., None])[..., 0]
+        square = square - (self.offset * (2 * target - moved)).sum(axis=-1)
+        target = target - moved
+        column, row = own_sd[..., None, :, None], own_sd[..., None, None, :]
+        own = identity + column * gram * row
+        own_inverse = np.linalg.inv(own)
+        shrink = column * own_inverse / row
+        reduced = gram @ shrink
+        reduced = 0.5 * (reduced + _t(reduced))
+        reduced_target = (_t(shrink) @ target[..., None])[..., 0]
+        scaled_target = own_sd[..., None, :] * target
+        explained = (scaled_target * (own_inverse @ scaled_target[..., None])[..., 0]).sum(axis=-1)
+        # Hardware: sums over its configurations.
+        flat = reduced.reshape(*reduced.shape[:-2], k * k)
+        summed = (self.membership @ flat).reshape(*flat.shape[:-2], len(self.membership), k, k)
+        hardware_target = self.membership @ reduced_target
+        loaded = reduced @ self.loading
+        shape = loaded.shape
+        hardware_map = (self.membership @ loaded.reshape(*shape[:-2], -1)).reshape(*shape[:-3], -1, *shape[-2:])
+        hcolumn, hrow = shared_sd[..., None, :, None], shared_sd[..., None, None, :]
+        hardware = identity + hcolumn * summed * hrow
+        hardware_inverse = np.linalg.inv(hardware)
+        scaled_map = hcolumn * hardware_map
+        scaled_hardware = shared_sd[..., None, :] * hardware_target
+        inner = hardware_inverse @ scaled_map
+        inner_target = (hardware_inverse @ scaled_hardware[..., None])[..., 0]
+        # Population.
+        precision = np.eye(len(self.mean)) + (_t(self.loading) @ loaded).sum(axis=-3) - (_t(scaled_map) @ inner).sum(axis=-3)
+        vector = (_t(self.loading) @ reduced_target[..., None])[..., 0].sum(axis=-2)
+        vector = vector - (_t(scaled_map) @ inner_target[..., None])[..., 0].sum(axis=-2)
+        population_inverse = np.linalg.inv(precision)
+        population = (population_inverse @ vector[..., None])[..., 0]
+        log_density = -0.5 * (
+            (self.info.count * np.log(variance)).sum(axis=(-1, -2))
+            + (square - explained).sum(axis=-1)
+            + np.linalg.slogdet(own)[1].sum(axis=-1)
+            - (scaled_hardware * inner_target).sum(axis=(-1, -2))
+            + np.linalg.slogdet(hardware)[1].sum(axis=-1)
+            - (vector * population).sum(axis=-1)
+            + np.linalg.slogdet(precision)[1]
+        )
+        return _Solved(
+            log_density, variance, own_inverse, shrink, scaled_target, hardware_inverse, inner, inner_target,
+            population_inverse, population, gram, target,
+        )  # fmt: skip
+
+    def log_density(self, x: FloatArray) -> tuple[float, FloatArray]:
+        """Return the log density at unconstrained coordinates and its gradient.
+
+        Parameters
+        ----------
+        x : ndarray, shape (size,)
+
+        Returns
+        -------
+        value : float
+        gradient : ndarray, shape (size,)
+        """
+        log_tau, logit, log_sigma, log_omega, *populations = self.split(x)
+        tau, sigma, omega = np.exp(log_tau), np.exp(log_sigma), np.exp(log_omega)
+        share = 1.0 / (1.0 + np.exp(-logit))
+        s = self._solve(tau, np.asarray(share), sigma, omega)
+        total = tau * self.scale
+        own_sd, shared_sd = np.sqrt(1 - share) * total, np.sqrt(share) * total
+        xi, omega_map = s.population_mean, s.hardware_map
+        effect = s.hardware_target - omega_map @ xi
+        effect_covariance = s.hardware_inverse + omega_map @ s.population_inverse @ _t(omega_map)
+        # The part of a coefficient that is not its own: x_c = F_c xi + W omega_h.
+        slope = self.loading - shared_sd[:, None] * omega_map[self.hardware]
+        centre = self.loading @ xi + shared_sd * effect[self.hardware]
+        centre_covariance = slope @ s.population_inverse @ _t(slope)
+        centre_covariance = centre_covariance + shared_sd[:, None] * s.hardware_inverse[self.hardware] * shared_sd
+        lever = s.own_inverse @ (own_sd[:, None] * s.gram)
+        eta = (s.own_inverse @ s.own_target[..., None] - lever @ centre[..., None])[..., 0]
+        eta_variance = np.diagonal(s.own_inverse, axis1=-2, axis2=-1) + ((lever @ centre_covariance) * lever).sum(axis=-1)
+        theta = self.offset + centre + own_sd * eta
+        covariance = s.shrink @ centre_covariance @ _t(s.shrink) + own_sd[:, None] * s.own_inverse * own_sd
+        own_square = (eta**2 + eta_variance).sum(axis=0)
+        shared_square = (effect**2 + np.diagonal(effect_covariance, axis1=-2, axis2=-1)).sum(axis=0)
+        # Expected squared residual of each stratum; theta is relative to the reference, as target and square are.
+        second = covariance + theta[:, :, None] * theta[:, None, :]
+        expected = (self._flat_gram @ second.reshape(self.count_config, -1, 1))[..., 0]
+        expected = expected + self.info.square - 2 * (self.info.target @ theta[..., None])[..., 0]
+        by_variance = 0.5 * (expected / s.variance - self.info.count) / s.variance
+        gradient_sigma = 2 * sigma**2 * by_variance.sum(axis=1)
+        gradient_omega = 2 * omega**2 * (by_variance * self.info.multiplier).sum(axis=1)
+        counts = self.count_config + len(self.membership)
+        gradient_tau = own_square + shared_square - counts
+        k = self.count_coef
+        gradient_logit = 0.5 * (1 - share) * (shared_square.sum() - k * len(self.membership))
+        gradient_logit -= 0.5 * share * (own_square.sum() - k * self.count_config)
+        value, prior = self._log_prior(log_tau, logit, log_sigma, log_omega, populations)
+        gradient = np.concatenate(
+            [gradient_tau, [gradient_logit], gradient_sigma, gradient_omega, np.zeros(4)]
+        )
+        return float(s.log_density + value), gradient + prior
+
+    def _log_prior(
+        self, log_tau: FloatArray, logit: FloatArray, log_sigma: FloatArray, log_omega: FloatArray, populations: list[FloatArray]
+    ) -> tuple[float, FloatArray]:
+        """Return the log prior density of the unconstrained coordinates and its gradient."""
+        p = self.priors
+        z = (log_tau - p.deviation.log_mean) / p.deviation.log_sd
+        share = 1.0 / (1.0 + np.exp(-logit))
+        value = -0.5 * float(z @ z) + p.hardware_share * float(np.log(share) + np.log1p(-share))
+        parts = [-z / p.deviation.log_sd, [p.hardware_share * (1 - 2 * share)]]
+        tails: list[float] = []
+        for logs, typical, log_spread, prior, spread_prior in (
+            (log_sigma, populations[0], populations[1], p.noise, p.noise_spread),
+            (log_omega, populations[2], populations[3], p.drift, p.drift_spread),
+        ):
+            spread = np.exp(log_spread)
+            r = (logs - typical) / spread
+            a = (typical - prior.log_mean) / prior.log_sd
+            b = (log_spread - spread_prior.log_mean) / spread_prior.log_sd
+            value += float(-0.5 * (r @ r) - len(logs) * log_spread - 0.5 * a * a - 0.5 * b * b)
+            parts.append(-r / spread)
+            tails += [float(r.sum() / spread - a / prior.log_sd), float(r @ r - len(logs) - b / spread_prior.log_sd)]
+        return value, np.concatenate([*parts, tails])
+
+    def draw(self, x: FloatArray, rng: np.random.Generator) -> dict[str, FloatArray]:
+        """Draw the coefficients exactly, once for each value of the scales.
+
+        Parameters
+        ----------
+        x : ndarray, shape (S, size)
+        rng : Generator
+
+        Returns
+        -------
+        dict
+            Every variable of the PyMC model by name, leading dimension S; `population` is (beta, gamma, delta) concatenated.
+        """
+        log_tau, logit, log_sigma, log_omega, *populations = self.split(x)
+        tau, share = np.exp(log_tau), 1.0 / (1.0 + np.exp(-logit))
+        sigma, omega = np.exp(log_sigma), np.exp(log_omega)
+        s = self._solve(tau, share, sigma, omega)
+        total = tau * self.scale
+        own_sd, shared_sd = np.sqrt(1 - share)[:, None] * total, np.sqrt(share)[:, None] * total
+
+        def normal(covariance: FloatArray) -> FloatArray:
+            factor = np.linalg.cholesky(0.5 * (covariance + _t(covariance)))
+            return np.asarray((factor @ rng.standard_normal((*covariance.shape[:-1], 1)))[..., 0])
+
+        xi = s.population_mean + normal(s.population_inverse)
+        effect = s.hardware_target - (s.hardware_map @ xi[:, None, :, None])[..., 0] + normal(s.hardware_inverse)
+        hardware = shared_sd[:, None, :] * effect
+        centre = (self.loading @ xi[:, None, :, None])[..., 0] + hardware[:, self.hardware]
+        left = s.own_target - own_sd[:, None, :] * (s.gram @ centre[..., None])[..., 0]
+        eta = (s.own_inverse @ left[..., None])[..., 0] + normal(s.own_inverse)
+        theta = self.info.reference + self.offset + centre + own_sd[:, None, :] * eta
+        return {
+            "population": self.mean + self.sd * xi,
+            "tau": tau,
+            "hardware_share": share,
+            "hardware_effect_z": effect,
+            "hardware_effect": hardware,
+            "theta": theta,
+            "sigma": sigma,
+            "omega": omega,
+            "sigma_typical": np.exp(populations[0]),
+            "sigma_spread": np.exp(populations[1]),
+            "omega_typical": np.exp(populations[2]),
+            "omega_spread": np.exp(populations[3]),
+        }
