@@ -232,13 +232,22 @@ def run_demo(out: Path, *, seed: int = 0, show_progress: bool = True, settings: 
         result = DemoResult(out, summary, donors, tuple(out / name for name in sorted(names)))
         (folder / "summary.html").write_text(summary_page(summary), encoding="utf-8")
         (folder / "results.json").write_text(json.dumps(result.as_dict(), indent=2, allow_nan=False) + "\n", encoding="utf-8")
-        out.mkdir(exist_ok=True)
-        for path in folder.iterdir():
-            path.replace(out / path.name)
-    if vectors is None:
-        for name in _BLIS_FILES:
-            (out / name).unlink(missing_ok=True)
+        publish(folder, out)
     return result
+
+
+def publish(made: Path, out: Path) -> None:
+    """Move the files that were made into `out`; the demo's own files of an earlier run that were not made again go.
+
+    BLIS vectors of a run before would otherwise pass for those of a run whose export was refused.
+    """
+    out.mkdir(exist_ok=True)
+    names = {p.name for p in made.iterdir()}
+    for name in sorted(names):
+        (made / name).replace(out / name)
+    for name in _BLIS_FILES:
+        if name not in names:
+            (out / name).unlink(missing_ok=True)
 
 
 def _command(out: Path, found: Verdict, posterior: LatencyPosterior, seen: Sequence[str]) -> str:
