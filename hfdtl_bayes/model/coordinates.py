@@ -26,28 +26,13 @@ from numpy.typing import NDArray
 from pymc.distributions.transforms import Transform
 
 from hfdtl_bayes.features import FeatureSet
+from hfdtl_bayes.model.moments import reference_errors
 from hfdtl_bayes.model.priors import PriorSettings, deviation_scale
 from hfdtl_bayes.statistics import ConfigStatistics, pseudo_rows
 
 FloatArray = NDArray[np.float64]
 
 DATA_NAMES = ("eta_directions", "eta_information", "eta_target", "eta_reference_sd")
-
-
-def reference_errors(statistics: ConfigStatistics, priors: PriorSettings) -> tuple[float, float]:
-    """Return moment estimates of (sigma, omega) of one configuration, the prior's median where it has too few rows."""
-    rows = pseudo_rows([statistics])
-    typical = float(np.exp(priors.noise.log_mean))
-    within = rows.rss_multiplier == 0
-    sigma = float(np.sqrt(rows.rss[within].sum() / rows.dof[within].sum())) if within.any() else typical
-    sigma = max(sigma, 1e-6)
-    between = ~within
-    omega = float(np.exp(priors.drift.log_mean))
-    if between.any() and rows.dof[between].sum() >= 3:
-        excess = rows.rss[between].sum() - rows.dof[between].sum() * sigma**2
-        weight = float((rows.dof[between] * rows.rss_multiplier[between]).sum())
-        omega = float(np.sqrt(max(excess / weight, (0.1 * sigma) ** 2 / weight)))
-    return sigma, omega
 
 
 def reference_coordinates(

@@ -25,12 +25,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import xarray as xr
 from numpy.typing import NDArray
 
 from hfdtl_bayes.features import FeatureSet
-from hfdtl_bayes.model.coordinates import reference_errors
+from hfdtl_bayes.model.layout import check_statistics, hardware_index, hardware_names, posterior_tree
+from hfdtl_bayes.model.moments import reference_errors
+from hfdtl_bayes.model.nuts import SamplerSettings, run_nuts
 from hfdtl_bayes.model.priors import PriorSettings, deviation_scale, population_mean, population_sd
-from hfdtl_bayes.model.pymc_model import hardware_index, hardware_names
 from hfdtl_bayes.statistics import ConfigStatistics
 
 FloatArray = NDArray[np.float64]
@@ -272,9 +274,7 @@ class ExactDensity:
         gradient_logit = 0.5 * (1 - share) * (shared_square.sum() - k * len(self.membership))
         gradient_logit -= 0.5 * share * (own_square.sum() - k * self.count_config)
         value, prior = self._log_prior(log_tau, logit, log_sigma, log_omega, populations)
-        gradient = np.concatenate(
-            [gradient_tau, [gradient_logit], gradient_sigma, gradient_omega, np.zeros(4)]
-        )
+        gradient = np.concatenate([gradient_tau, [gradient_logit], gradient_sigma, gradient_omega, np.zeros(4)])
         return float(s.log_density + value), gradient + prior
 
     def _log_prior(
@@ -345,3 +345,50 @@ class ExactDensity:
             "omega_typical": np.exp(populations[2]),
             "omega_spread": np.exp(populations[3]),
         }
+
+
+def sample_exact(
+    statistics: Sequence[ConfigStatistics],
+    feature_set: FeatureSet,
+    priors: PriorSettings | None = None,
+    settings: SamplerSettings | None = None,
+    *,
+    seed: int = 0,
+    show_progress: bool = True,
+    label: str = "sampling",
+) -> xr.DataTree:
+    """Sample the posterior of several configurations with the exact engine.
+
+    Parameters
+    ----------
+    statistics : sequence of ConfigStatistics
+    feature_set : FeatureSet
+    priors : PriorSettings, optional
+    settings : SamplerSettings, optional
+    seed : int
+        The same seed gives the same draws.
+    show_progress : bool
+    label : str
+        What the progress bar calls the work.
+
+    Returns
+    -------
+    DataTree
+        Groups `posterior` (chain, draw, ...), `sample_stats`, `observed_data`; names and dims of `VARIABLE_DIMS`.
+
+    Raises
+    ------
+    StatisticsError
+        If the statistics cannot be fitted together.
+    ConvergenceError
+        If the sampler cannot start or breaks down.
+    """
+    priors, settings = priors or PriorSettings(), settings or SamplerSettings()
+    check_statistics(statistics, feature_set)
+    density = ExactDensity(statistics, feature_set, priors)
+    run = run_nuts(density.log_density, density.start, settings, seed=seed, label=label, show_progress=show_progress)
+    variables = density.draw(run.x, np.random.default_rng([seed, 3]))
+    base, config = len(feature_set.base), len(feature_set.config)
+    beta, gamma, delta = np.split(variables.pop("population"), [base, base + config], axis=1)
+    variables |= {"beta": beta, "gamma": gamma, "delta": delta}
+    return posterior_tree(variables, run, statistics, feature_set, settings, "exact")

@@ -17,12 +17,13 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from hfdtl_bayes.configuration import ServingConfiguration
-from hfdtl_bayes.errors import HfdtlError, InputError, MissingInputError, PosteriorFileError
+from hfdtl_bayes.errors import HfdtlError, InputError, MissingInputError, PosteriorFileError, UnknownNameError
 from hfdtl_bayes.features import FeatureSet, feature_set
 from hfdtl_bayes.model.diagnostics import Convergence, convergence
 from hfdtl_bayes.model.priors import PositiveRange, PriorSettings, deviation_scale
-from hfdtl_bayes.model.pymc_model import hardware_names
-from hfdtl_bayes.model.sampling import SamplerSettings, sample
+from hfdtl_bayes.model.exact import sample_exact
+from hfdtl_bayes.model.layout import hardware_names
+from hfdtl_bayes.model.nuts import SamplerSettings
 from hfdtl_bayes.statistics import (
     ConfigStatistics,
     config_to_constant,
@@ -34,6 +35,7 @@ from hfdtl_bayes.statistics import (
 FloatArray = NDArray[np.float64]
 
 FILE_FORMAT = 1
+ENGINES = ("exact", "pymc")
 _QUANTILES = (0.025, 0.5, 0.975)
 _ROWS_AT_ONCE = 4096
 
@@ -450,6 +452,7 @@ def fit(
     settings: SamplerSettings | None = None,
     *,
     target: str | None = None,
+    engine: str = "exact",
     seed: int = 0,
     show_progress: bool = True,
 ) -> LatencyPosterior:
@@ -465,6 +468,9 @@ def fit(
     settings : SamplerSettings, optional
     target : str, optional
         config_id of the statistics that are a target's.
+    engine : {"exact", "pymc"}
+        "exact" integrates the coefficients out and samples only the scales; "pymc" samples the PyMC model, the definition. Both
+        have the same posterior; see `hfdtl_bayes.model.exact`.
     seed : int
     show_progress : bool
 
@@ -476,10 +482,18 @@ def fit(
     ------
     StatisticsError
         If the statistics cannot be fitted together.
+    UnknownNameError
+        If there is no such engine.
     ConvergenceError
         If the sampler cannot run.
     """
+    if engine not in ENGINES:
+        raise UnknownNameError(f"unknown engine {engine!r}; known are {', '.join(ENGINES)}")
     priors = priors or PriorSettings()
     label = f"sampling {target}" if target else f"sampling {len(statistics)} donors"
+    if engine == "pymc":
+        from hfdtl_bayes.model.pymc_engine import sample_pymc as sample  # noqa: PLC0415  (PyMC takes seconds to import)
+    else:
+        sample = sample_exact
     tree = sample(statistics, features, priors, settings, seed=seed, show_progress=show_progress, label=label)
     return LatencyPosterior(tree, features, priors, tuple(statistics), target, seed)

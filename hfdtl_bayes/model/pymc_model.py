@@ -23,22 +23,11 @@ import numpy as np
 import pymc as pm
 import pytensor.tensor as pt
 
-from hfdtl_bayes.errors import StatisticsError
 from hfdtl_bayes.features import FeatureSet
 from hfdtl_bayes.model.coordinates import group_effects, reference_coordinates
+from hfdtl_bayes.model.layout import check_statistics, coordinate_values, hardware_index
 from hfdtl_bayes.model.priors import PositiveRange, PriorSettings, deviation_scale, population_mean, population_sd
 from hfdtl_bayes.statistics import ConfigStatistics, PseudoRows, pseudo_rows
-
-
-def hardware_names(statistics: Sequence[ConfigStatistics]) -> tuple[str, ...]:
-    """Return the names of the hardware of the configurations, sorted, each once."""
-    return tuple(sorted({s.configuration.hardware.name for s in statistics}))
-
-
-def hardware_index(statistics: Sequence[ConfigStatistics]) -> np.ndarray:
-    """Return the index into `hardware_names` of each configuration, shape (C,)."""
-    names = hardware_names(statistics)
-    return np.array([names.index(s.configuration.hardware.name) for s in statistics])
 
 
 def model_data(statistics: Sequence[ConfigStatistics], feature_set: FeatureSet, priors: PriorSettings) -> dict[str, np.ndarray]:
@@ -86,14 +75,7 @@ def build_model(statistics: Sequence[ConfigStatistics], feature_set: FeatureSet,
     mean, sd = population_mean(feature_set), population_sd(feature_set)
     n_base, n_config = len(feature_set.base), len(feature_set.config)
     base, config, residual = np.split(np.arange(len(mean)), [n_base, n_base + n_config])
-    coords = {
-        "config": [s.config_id for s in statistics],
-        "base": [f.name for f in feature_set.base],
-        "config_feature": [f.name for f in feature_set.config],
-        "residual": [f.name for f in feature_set.residual],
-        "coef": list(feature_set.coef_names),
-        "hardware": list(hardware_names(statistics)),
-    }
+    coords = coordinate_values(statistics, feature_set)
     values = model_data(statistics, feature_set, priors)
     with pm.Model(coords=coords) as model:
         data = {name: pm.Data(name, value) for name, value in values.items()}
@@ -127,28 +109,6 @@ def build_model(statistics: Sequence[ConfigStatistics], feature_set: FeatureSet,
         variance = error_sd(data["rss_config"], data["rss_multiplier"]) ** 2
         pm.Gamma("rss", data["rss_dof"] / 2, 1 / (2 * variance), observed=data["rss_observed"])
     return model
-
-
-def check_statistics(statistics: Sequence[ConfigStatistics], feature_set: FeatureSet) -> None:
-    """Refuse statistics that cannot be fitted together.
-
-    Raises
-    ------
-    StatisticsError
-        If there are none, a configuration is named twice, or columns, feature set or quantity differ.
-    """
-    if not statistics:
-        raise StatisticsError("no configuration to fit; name at least one donor")
-    names = [s.config_id for s in statistics]
-    repeated = sorted({n for n in names if names.count(n) > 1})
-    if repeated:
-        raise StatisticsError(f"configuration(s) named twice: {', '.join(repeated)}; name each donor or target once")
-    for s in statistics:
-        if (s.feature_set, s.quantity, s.coef_names) != (feature_set.name, feature_set.quantity, feature_set.coef_names):
-            raise StatisticsError(
-                f"statistics of {s.config_id!r} are of feature set {s.feature_set!r} ({s.quantity}), the model is of "
-                f"{feature_set.name!r} ({feature_set.quantity}); build both with the same set"
-            )
 
 
 def _lognormal(name: str, prior: PositiveRange, **kwargs: object) -> pt.TensorVariable:

@@ -1,4 +1,4 @@
-"""Sampling the PyMC model with nutpie's NUTS, compiled once per feature set.
+"""The PyMC engine: sampling the PyMC model with nutpie's NUTS, compiled once per feature set.
 
 PyMC's log density and gradient are compiled to machine code by PyTensor's Numba backend, which keeps the result on disk, and handed
 to nutpie as a function. The number of configurations and of pseudo-rows is free, so donors, donors with a target, and a
@@ -10,54 +10,24 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
-import nutpie
 import pymc as pm
 import pytensor
 import pytensor.tensor as pt
 import xarray as xr
-from nutpie.compiled_pyfunc import from_pyfunc
 from pytensor.compile.mode import Mode
 from pytensor.graph.replace import vectorize_graph
 
-from hfdtl_bayes.errors import ConvergenceError, InputError
 from hfdtl_bayes.features import FeatureSet
-from hfdtl_bayes.model.coordinates import reference_errors
+from hfdtl_bayes.model.layout import check_statistics, hardware_names, posterior_tree
+from hfdtl_bayes.model.moments import reference_errors
+from hfdtl_bayes.model.nuts import SamplerSettings, run_nuts
 from hfdtl_bayes.model.priors import PriorSettings
 from hfdtl_bayes.model.progress import progress
-from hfdtl_bayes.model.pymc_model import build_model, check_statistics, hardware_names, model_data
+from hfdtl_bayes.model.pymc_model import build_model, model_data
 from hfdtl_bayes.statistics import ConfigStatistics
-
-
-@dataclass(frozen=True)
-class SamplerSettings:
-    """How NUTS runs."""
-
-    draws: int = 500
-    """Draws kept per chain."""
-    tune: int = 500
-    """Draws per chain used to adapt, then dropped."""
-    chains: int = 4
-    """Chains from different starting points: what R-hat compares."""
-    target_accept: float = 0.97
-    """Smaller steps than nutpie's default: they cost little here and leave no divergences."""
-
-    def __post_init__(self) -> None:
-        """Refuse settings that cannot be run or judged.
-
-        Raises
-        ------
-        InputError
-            Unless draws and tune are at least 50, chains at least 2 and target_accept within (0.5, 1).
-        """
-        if self.draws < 50 or self.tune < 50:
-            raise InputError(f"draws ({self.draws}) and tune ({self.tune}) must both be at least 50")
-        if self.chains < 2:
-            raise InputError(f"chains must be at least 2, found {self.chains}: R-hat compares chains")
-        if not 0.5 < self.target_accept < 1:
-            raise InputError(f"target_accept must lie between 0.5 and 1, found {self.target_accept}")
 
 
 @dataclass(frozen=True)
@@ -118,7 +88,7 @@ def _starting_point(
     return {name: np.asarray(start[name], dtype=float) for name in compiled.names}
 
 
-def sample(
+def sample_pymc(
     statistics: Sequence[ConfigStatistics],
     feature_set: FeatureSet,
     priors: PriorSettings | None = None,
@@ -164,7 +134,7 @@ def sample(
                 compiled = _COMPILED[feature_set, priors] = _compile(build_model(statistics, feature_set, priors))
         for name, value in data.items():
             compiled.model[name].set_value(np.ascontiguousarray(value))
-        return _run(compiled, statistics, feature_set, priors, settings, data, seed, show_progress, label)
+        return _run(compiled, statistics, feature_set, priors, settings, seed, show_progress, label)
 
 
 def _run(
@@ -173,7 +143,6 @@ def _run(
     feature_set: FeatureSet,
     priors: PriorSettings,
     settings: SamplerSettings,
-    data: dict[str, np.ndarray],
     seed: int,
     show_progress: bool,
     label: str,
@@ -190,86 +159,7 @@ def _run(
         value, *gradient = compiled.density(*parts)
         return float(value), np.concatenate([np.ravel(g) for g in gradient])
 
-    def initial_point(seed: int) -> np.ndarray:
-        return centre + np.random.default_rng(seed).uniform(-0.3, 0.3, len(centre))
-
-    total = settings.chains * (settings.draws + settings.tune)
-    with progress(label, total, enabled=show_progress) as advance:
-
-        def expand(x: np.ndarray) -> dict[str, np.ndarray]:
-            advance()
-            return {"x": x}
-
-        runnable = from_pyfunc(
-            len(centre),
-            lambda: log_density,
-            lambda *_: expand,
-            [np.dtype("float64")],
-            [(len(centre),)],
-            ["x"],
-            make_initial_point_fn=initial_point,
-        )
-        try:
-            trace = nutpie.sample(
-                runnable,
-                draws=settings.draws,
-                tune=settings.tune,
-                chains=settings.chains,
-                cores=1,
-                seed=seed,
-                target_accept=settings.target_accept,
-                save_warmup=False,
-                progress_bar=False,
-            )
-        except RuntimeError as error:
-            raise ConvergenceError(f"the sampler could not run: {error}. Check the statistics and the priors") from error
-    x = trace["posterior"]["x"].to_numpy()
-    if x.shape[:2] != (settings.chains, settings.draws):
-        # nutpie answers Ctrl-C by returning the draws made so far.
-        raise KeyboardInterrupt
-    flat = x.reshape(-1, x.shape[-1])
-    arrays = compiled.constrain(*(flat[:, s].reshape(-1, *shape) for s, shape in zip(slices, shapes, strict=True)))
-    return _to_tree(compiled, statistics, feature_set, trace, arrays, data, settings)
-
-
-def _to_tree(
-    compiled: _Compiled,
-    statistics: Sequence[ConfigStatistics],
-    feature_set: FeatureSet,
-    trace: xr.DataTree,
-    arrays: Sequence[np.ndarray],
-    data: dict[str, np.ndarray],
-    settings: SamplerSettings,
-) -> xr.DataTree:
-    coords = {
-        "chain": np.arange(settings.chains),
-        "draw": np.arange(settings.draws),
-        "config": [s.config_id for s in statistics],
-        "base": [f.name for f in feature_set.base],
-        "config_feature": [f.name for f in feature_set.config],
-        "residual": [f.name for f in feature_set.residual],
-        "coef": list(feature_set.coef_names),
-        "hardware": list(hardware_names(statistics)),
-    }
-    order = {name: array for name, array in zip(compiled.outputs, arrays, strict=True)}
-    posterior = {}
-    for rv in (*compiled.model.free_RVs, *compiled.model.deterministics):
-        dims = ("chain", "draw", *compiled.model.named_vars_to_dims.get(rv.name, ()))
-        array = np.ascontiguousarray(order[rv.name])
-        posterior[rv.name] = (dims, array.reshape(settings.chains, settings.draws, *array.shape[1:]))
-    keep = [n for n in ("diverging", "energy", "logp", "n_steps", "depth", "step_size") if n in trace["sample_stats"]]
-    stats = trace["sample_stats"].to_dataset()[keep].rename({"logp": "lp"} if "logp" in keep else {})
-    stats.attrs = {"sampler": f"nutpie {nutpie.__version__} NUTS", **asdict(settings)}
-    used = {d for dims, _ in posterior.values() for d in dims}
-    return xr.DataTree.from_dict(
-        {
-            "posterior": xr.Dataset(posterior, coords={k: v for k, v in coords.items() if k in used}),
-            "sample_stats": stats,
-            "observed_data": xr.Dataset(
-                {
-                    "z": ("pseudo_row", data["z_observed"]),
-                    "rss": ("stratum", data["rss_observed"]),
-                }
-            ),
-        }
-    )
+    run = run_nuts(log_density, centre, settings, seed=seed, label=label, show_progress=show_progress)
+    arrays = compiled.constrain(*(run.x[:, s].reshape(-1, *shape) for s, shape in zip(slices, shapes, strict=True)))
+    variables = dict(zip(compiled.outputs, arrays, strict=True))
+    return posterior_tree(variables, run, statistics, feature_set, settings, "pymc")

@@ -1,0 +1,137 @@
+"""NUTS on a NumPy log density, by nutpie: the one place that runs a sampler."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import xarray as xr
+from numpy.typing import NDArray
+
+from hfdtl_bayes.errors import ConvergenceError, InputError
+from hfdtl_bayes.model.progress import progress
+
+FloatArray = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class SamplerSettings:
+    """How NUTS runs."""
+
+    draws: int = 500
+    """Draws kept per chain."""
+    tune: int = 500
+    """Draws per chain used to adapt, then dropped."""
+    chains: int = 4
+    """Chains from different starting points: what R-hat compares."""
+    target_accept: float = 0.97
+    """Smaller steps than nutpie's default: they cost little here and leave no divergences."""
+
+    def __post_init__(self) -> None:
+        """Refuse settings that cannot be run or judged.
+
+        Raises
+        ------
+        InputError
+            Unless draws and tune are at least 50, chains at least 2 and target_accept within (0.5, 1).
+        """
+        if self.draws < 50 or self.tune < 50:
+            raise InputError(f"draws ({self.draws}) and tune ({self.tune}) must both be at least 50")
+        if self.chains < 2:
+            raise InputError(f"chains must be at least 2, found {self.chains}: R-hat compares chains")
+        if not 0.5 < self.target_accept < 1:
+            raise InputError(f"target_accept must lie between 0.5 and 1, found {self.target_accept}")
+
+
+@dataclass(frozen=True)
+class NutsRun:
+    """What a run left.
+
+    Attributes
+    ----------
+    x : ndarray, shape (chains * draws, dimensions)
+        Unconstrained coordinates, chain by chain.
+    sample_stats : Dataset
+        Dims chain, draw: diverging, energy, lp, n_steps, depth, step_size.
+    sampler : str
+        Name and version.
+    """
+
+    x: FloatArray
+    sample_stats: xr.Dataset
+    sampler: str
+
+
+def run_nuts(
+    log_density: Callable[[FloatArray], tuple[float, FloatArray]],
+    start: FloatArray,
+    settings: SamplerSettings,
+    *,
+    seed: int,
+    label: str,
+    show_progress: bool,
+) -> NutsRun:
+    """Sample a log density.
+
+    Parameters
+    ----------
+    log_density : callable
+        Coordinates to (value, gradient).
+    start : ndarray, shape (dimensions,)
+        Centre of the starting points, which lie within 0.3 of it.
+    settings : SamplerSettings
+    seed : int
+        The same seed gives the same draws.
+    label : str
+        What the progress bar calls the work.
+    show_progress : bool
+
+    Raises
+    ------
+    ConvergenceError
+        If the sampler cannot start or breaks down.
+    """
+    import nutpie  # noqa: PLC0415  (half a second to import, and only fitting needs it)
+    from nutpie.compiled_pyfunc import from_pyfunc  # noqa: PLC0415
+
+    def initial_point(seed: int) -> FloatArray:
+        return np.asarray(start + np.random.default_rng(seed).uniform(-0.3, 0.3, len(start)))
+
+    total = settings.chains * (settings.draws + settings.tune)
+    with progress(label, total, enabled=show_progress) as advance:
+
+        def expand(x: FloatArray) -> dict[str, FloatArray]:
+            advance()
+            return {"x": x}
+
+        runnable = from_pyfunc(
+            len(start),
+            lambda: log_density,
+            lambda *_: expand,
+            [np.dtype("float64")],
+            [(len(start),)],
+            ["x"],
+            make_initial_point_fn=initial_point,
+        )
+        try:
+            trace = nutpie.sample(
+                runnable,
+                draws=settings.draws,
+                tune=settings.tune,
+                chains=settings.chains,
+                cores=1,
+                seed=seed,
+                target_accept=settings.target_accept,
+                save_warmup=False,
+                progress_bar=False,
+            )
+        except RuntimeError as error:
+            raise ConvergenceError(f"the sampler could not run: {error}. Check the statistics and the priors") from error
+    x = trace["posterior"]["x"].to_numpy()
+    if x.shape[:2] != (settings.chains, settings.draws):
+        # nutpie answers Ctrl-C by returning the draws made so far.
+        raise KeyboardInterrupt
+    keep = [n for n in ("diverging", "energy", "logp", "n_steps", "depth", "step_size") if n in trace["sample_stats"]]
+    stats = trace["sample_stats"].to_dataset()[keep].rename({"logp": "lp"} if "logp" in keep else {})
+    return NutsRun(x.reshape(-1, x.shape[-1]), stats, f"nutpie {nutpie.__version__} NUTS")
