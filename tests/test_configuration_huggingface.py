@@ -31,8 +31,8 @@ def config_json(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_every_vllm_argument_is_heeded_or_kept(config_json: Path) -> None:
     arguments = [
-        "meta-llama/Meta-Llama-3-8B", "-tp", "2", "--max-num-seqs=128", "--max-num-batched-tokens", "4k", "--no-enable-prefix-caching",
-        "--block-size", 32, "--num-gpu-blocks-override", "1000", "--seed", "-1", "--enforce-eager",
+        "meta-llama/Meta-Llama-3-8B", "-tp", "2", "--max-num-seqs=128", "--max-num-batched-tokens", "4k",
+        "--no-enable-prefix-caching", "--block-size", 32, "--num-gpu-blocks-override", "1000", "--seed", "-1", "--enforce-eager",
         "--served-model-name", "a", "b", "--compilation-config", '{"level": 3}', "--dtype", "half", "--version", "0.11.0",
     ]  # fmt: skip
     configuration = configuration_from_huggingface(config_json, "H100", arguments)
@@ -173,10 +173,9 @@ def test_any_json_gives_a_configuration_or_one_clear_error(
     (folder / "config.json").write_text(json.dumps(document))
     try:
         configuration = configuration_from_huggingface(folder, gpu("h200"), arguments, "any")
-    except HfdtlError as error:
-        assert str(error)
-    else:
-        assert isinstance(configuration, ServingConfiguration)
-        assert configuration.llm.params_total > 0
-        write_configuration(configuration, folder / "configuration.yaml")
-        assert read_configuration(folder / "configuration.yaml") == configuration
+    except HfdtlError:
+        return
+    assert isinstance(configuration, ServingConfiguration)
+    assert configuration.llm.params_total > 0
+    write_configuration(configuration, folder / "configuration.yaml")
+    assert read_configuration(folder / "configuration.yaml") == configuration

@@ -106,7 +106,7 @@ def test_every_problem_is_reported_at_once() -> None:
 def test_an_unknown_gpu_names_the_file(tmp_path: Path) -> None:
     path = tmp_path / "configuration.yaml"
     path.write_text(yaml.safe_dump(document(hardware="h1000")))
-    with pytest.raises(UnknownNameError, match="configuration.yaml: hardware: unknown GPU 'h1000'"):
+    with pytest.raises(UnknownNameError, match=r"configuration\.yaml: hardware: unknown GPU 'h1000'"):
         read_configuration(path)
 
 
@@ -201,9 +201,10 @@ def test_any_yaml_gives_a_configuration_or_one_clear_error(
     path = tmp_path_factory.mktemp("yaml") / "c.yaml"
     path.write_text(yaml.safe_dump(data))
     try:
-        assert isinstance(read_configuration(path), ServingConfiguration)
+        found: object = read_configuration(path)
     except HfdtlError as error:
-        assert "c.yaml" in str(error)
+        found = str(error)
+    assert isinstance(found, ServingConfiguration) or "c.yaml" in str(found)
 
 
 @given(text=st.text(st.characters(exclude_categories=["Cs"]), max_size=60))

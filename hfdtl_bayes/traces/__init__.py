@@ -1,15 +1,11 @@
 """The trace store: schema, validation, reading and writing, splits."""
 
+from hfdtl_bayes.traces.plausibility import ValidationSettings
 from hfdtl_bayes.traces.schema import REQUEST_SCHEMA, STEP_SCHEMA, Column, schema_table
 from hfdtl_bayes.traces.splits import WARMUP_REGIMES, drop_warmup, split_by_blocks, split_by_regime, time_blocks
 from hfdtl_bayes.traces.store import TraceStore, read_requests, read_steps, read_table, write_store
-from hfdtl_bayes.traces.table import (
-    Problem,
-    TraceTable,
-    ValidationSettings,
-    validate_requests,
-    validate_steps,
-)
+from hfdtl_bayes.traces.table import Problem, TraceTable
+from hfdtl_bayes.traces.validation import validate_requests, validate_steps
 
 __all__ = [
     "REQUEST_SCHEMA",

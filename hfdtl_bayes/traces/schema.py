@@ -18,6 +18,10 @@ class Column:
         Accepted values, inclusive; rows outside are rejected and counted.
     exclusive_minimum : bool
         True if the minimum itself is not accepted.
+    may_be_missing : bool
+        A row without it is accepted: what it says is not known of every row.
+    whole : bool
+        True for counts; fractions are means over several steps, not a step.
     derivation : str
         How the column is derived where it is absent; empty if it cannot be.
     """
@@ -30,17 +34,19 @@ class Column:
     minimum: float = 0.0
     maximum: float = float("inf")
     exclusive_minimum: bool = False
+    may_be_missing: bool = False
+    whole: bool = False
     derivation: str = ""
 
 
 STEP_SCHEMA: tuple[Column, ...] = (
-    Column("step_id", "1", "int64", "number of the engine step, increasing", required=True),
-    Column("start_s", "s", "float64", "monotonic start time of the step", minimum=-float("inf")),
+    Column("step_id", "1", "int64", "number of the engine step, increasing", required=True, whole=True),
+    Column("start_s", "s", "float64", "monotonic start time of the step", minimum=-float("inf"), may_be_missing=True),
     Column("step_time_s", "s", "float64", "duration of the engine's cycle", required=True, exclusive_minimum=True),
-    Column("prefill_tokens", "token", "float64", "prompt tokens computed in the step", required=True),
-    Column("decode_tokens", "token", "float64", "output tokens computed in the step", required=True),
-    Column("prefill_requests", "request", "float64", "requests in prefill", derivation="1 where prefill_tokens > 0"),
-    Column("decode_requests", "request", "float64", "requests in decode", derivation="decode_tokens"),
+    Column("prefill_tokens", "token", "float64", "prompt tokens computed in the step", required=True, whole=True),
+    Column("decode_tokens", "token", "float64", "output tokens computed in the step", required=True, whole=True),
+    Column("prefill_requests", "request", "float64", "requests in prefill", whole=True, derivation="1 where prefill_tokens > 0"),
+    Column("decode_requests", "request", "float64", "requests in decode", whole=True, derivation="decode_tokens"),
     Column(
         "prefill_attention_tokens",
         "token^2",
@@ -55,33 +61,33 @@ STEP_SCHEMA: tuple[Column, ...] = (
         "sum over decoding requests of their context length",
         derivation="kv_usage * kv_capacity_tokens",
     ),
-    Column("waiting_requests", "request", "float64", "queue depth"),
-    Column("running_requests", "request", "float64", "batch size", derivation="prefill_requests + decode_requests"),
+    Column("waiting_requests", "request", "float64", "queue depth", whole=True),
+    Column("running_requests", "request", "float64", "batch size", whole=True, derivation="prefill_requests + decode_requests"),
     Column(
         "kv_usage",
         "1",
         "float64",
         "share of the KV cache in use",
         maximum=1.0,
-        derivation="context_tokens / kv_capacity_tokens",
+        derivation="min(1, context_tokens / kv_capacity_tokens)",
     ),
     Column("regime", "1", "str", "label of the traffic, for splits", derivation="'all'"),
 )
 
 REQUEST_SCHEMA: tuple[Column, ...] = (
     Column("request_id", "1", "str", "identifier of the request", required=True),
-    Column("arrival_s", "s", "float64", "arrival at the server", minimum=-float("inf")),
+    Column("arrival_s", "s", "float64", "arrival at the server", minimum=-float("inf"), may_be_missing=True),
     Column("queued_s", "s", "float64", "entry into the scheduler's queue", required=True, minimum=-float("inf")),
     Column("scheduled_s", "s", "float64", "first scheduled", required=True, minimum=-float("inf")),
-    Column("first_token_s", "s", "float64", "first output token", minimum=-float("inf")),
-    Column("finished_s", "s", "float64", "last output token; absent if unfinished", minimum=-float("inf")),
-    Column("prompt_tokens", "token", "float64", "length of the prompt", required=True),
-    Column("output_tokens", "token", "float64", "tokens generated"),
-    Column("cached_tokens", "token", "float64", "prompt tokens found in the prefix cache"),
-    Column("waiting_requests", "request", "float64", "queue depth at queueing"),
-    Column("running_requests", "request", "float64", "batch size at queueing"),
+    Column("first_token_s", "s", "float64", "first output token", minimum=-float("inf"), may_be_missing=True),
+    Column("finished_s", "s", "float64", "last output token; absent if unfinished", minimum=-float("inf"), may_be_missing=True),
+    Column("prompt_tokens", "token", "float64", "length of the prompt", required=True, whole=True),
+    Column("output_tokens", "token", "float64", "tokens generated", may_be_missing=True, whole=True),
+    Column("cached_tokens", "token", "float64", "prompt tokens found in the prefix cache", may_be_missing=True, whole=True),
+    Column("waiting_requests", "request", "float64", "queue depth at queueing", whole=True),
+    Column("running_requests", "request", "float64", "batch size at queueing", whole=True),
     Column("kv_usage", "1", "float64", "share of the KV cache in use at queueing", maximum=1.0),
-    Column("preemptions", "1", "float64", "times the request was preempted"),
+    Column("preemptions", "1", "float64", "times the request was preempted", may_be_missing=True, whole=True),
     Column("regime", "1", "str", "label of the traffic, for splits", derivation="'all'"),
 )
 

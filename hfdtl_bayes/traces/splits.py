@@ -24,9 +24,10 @@ def drop_warmup(frame: pd.DataFrame, regimes: Collection[str] = WARMUP_REGIMES) 
 
 
 def time_blocks(frame: pd.DataFrame, block_length: int) -> NDArray[np.int64]:
-    """Number consecutive blocks of `block_length` rows; a block never spans two regimes or a gap in `step_id`.
+    """Assign rows to blocks of `block_length` rows, or of steps where `step_id` is known; none spans two regimes.
 
-    A gap is a jump of the step number of more than `block_length`, beyond which two rows are no neighbours in time.
+    By step number, a thinned selection keeps the blocks of the full recording, and rows on two sides of a gap of
+    `block_length` steps are never in one block.
 
     Returns
     -------
@@ -47,9 +48,7 @@ def time_blocks(frame: pd.DataFrame, block_length: int) -> NDArray[np.int64]:
     regime = frame["regime"].to_numpy()
     new_stretch[1:] = regime[1:] != regime[:-1]
     if "step_id" in frame.columns:
-        ids = frame["step_id"].to_numpy(dtype=float)
-        # A thinned selection keeps the blocks of the full recording: rows share a block when their step numbers do.
-        key = np.floor(ids / block_length)
+        key = np.floor_divide(frame["step_id"].to_numpy(), block_length)
         change = new_stretch.copy()
         change[1:] |= key[1:] != key[:-1]
         return np.cumsum(change).astype(np.int64)
@@ -58,7 +57,7 @@ def time_blocks(frame: pd.DataFrame, block_length: int) -> NDArray[np.int64]:
     return np.cumsum(change).astype(np.int64)
 
 
-def split_by_regime(frame: pd.DataFrame, calibration_regimes: Collection[str]) -> tuple[pd.DataFrame, pd.DataFrame]:
+def split_by_regime(frame: pd.DataFrame, calibration_regimes: str | Collection[str]) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Split into (rows of the given regimes, all others).
 
     Raises
@@ -66,6 +65,8 @@ def split_by_regime(frame: pd.DataFrame, calibration_regimes: Collection[str]) -
     InputError
         If a regime is not in the frame or one side would be empty.
     """
+    if isinstance(calibration_regimes, str):
+        calibration_regimes = [calibration_regimes]
     known = sorted(set(frame["regime"]))
     unknown = [r for r in calibration_regimes if r not in known]
     if unknown:

@@ -3,22 +3,74 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import tempfile
 from pathlib import Path
 
 import pandas as pd
 import pyarrow as pa
-import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
 from hfdtl_bayes.configuration import ServingConfiguration, read_configuration, write_configuration
 from hfdtl_bayes.errors import InputError, MissingInputError, UnknownNameError
-from hfdtl_bayes.traces.table import TraceTable, validate_requests, validate_steps
+from hfdtl_bayes.traces.table import TraceTable
+from hfdtl_bayes.traces.validation import validate_requests, validate_steps
+
+
+def _part_order(path: Path) -> list[tuple[int, str]]:
+    """Sort key that counts: part-2 before part-10, as writers number their parts without leading zeros."""
+    return [(int(digits or -1), text) for digits, text in re.findall(r"(\d{1,18})|(\D+|\d)", path.name)]
+
+
+def _read_parquet(path: Path) -> pa.Table:
+    try:
+        # The folders above the file are not to become columns.
+        return _index_as_columns(pq.read_table(path, partitioning=None))
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise _unreadable(path, error) from None
+
+
+def _index_as_columns(table: pa.Table) -> pa.Table:
+    """Turn a named index, which pandas stores as a range in the metadata, back into the column it was."""
+    described = (table.schema.pandas_metadata or {}).get("index_columns", [])
+    for index in (i for i in described if isinstance(i, dict) and i.get("kind") == "range" and i.get("name")):
+        numbers = range(index["start"], index["stop"], index["step"])
+        if index["name"] not in table.column_names and len(numbers) == table.num_rows:
+            table = table.append_column(index["name"], pa.array(numbers, type=pa.int64()))
+    return table.replace_schema_metadata(None)
+
+
+def _unreadable(path: Path, error: Exception) -> InputError:
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return InputError(
+        f"{path} cannot be read as a table: {reason}. A recording that was cut short must be recorded or copied again"
+    )
+
+
+def _read_parts(folder: Path) -> pa.Table:
+    """Read a folder of parts in their order; columns a part lacks are empty there, whole numbers give way to fractions."""
+    parts = sorted((p for p in folder.glob("*.parquet") if not p.name.startswith((".", "_"))), key=_part_order)
+    if not parts:
+        raise InputError(f"{folder} is a folder without .parquet parts")
+    for part in parts:
+        _refuse_empty(part)
+    tables = [_read_parquet(part) for part in parts]
+    try:
+        return pa.concat_tables(tables, promote_options="permissive")
+    except pa.ArrowException as error:
+        raise InputError(
+            f"{folder}: the parts do not fit together: {error}. Give a column the same type in all of them"
+        ) from None
+
+
+def _refuse_empty(path: Path) -> None:
+    if path.is_file() and path.stat().st_size == 0:
+        raise InputError(f"{path} is empty (0 bytes); record it again")
 
 
 def read_table(path: str | os.PathLike[str]) -> pd.DataFrame:
-    """Read a trace table as found: a Parquet file, a folder of Parquet parts (in name order), or a CSV file.
+    """Read a trace table as found: a Parquet file, a folder of Parquet parts (in the order of their numbers), or a CSV file.
 
     Raises
     ------
@@ -30,23 +82,18 @@ def read_table(path: str | os.PathLike[str]) -> pd.DataFrame:
     path = Path(path)
     if not path.exists():
         raise MissingInputError(f"no trace table at {path}")
-    if path.is_file() and path.stat().st_size == 0:
-        raise InputError(f"{path} is empty (0 bytes); record it again")
+    _refuse_empty(path)
+    if path.suffix.lower() == ".csv" and path.is_file():
+        try:
+            return pd.read_csv(path, low_memory=False)
+        except (OSError, ValueError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
+            raise _unreadable(path, error) from None
+    table = _read_parts(path) if path.is_dir() else _read_parquet(path)
     try:
-        if path.is_dir():
-            parts = sorted(p for p in path.iterdir() if p.suffix == ".parquet")
-            if not parts:
-                raise InputError(f"{path} is a folder without .parquet parts")
-            table: pa.Table = ds.dataset([str(p) for p in parts], format="parquet").to_table()
-            return table.to_pandas()
-        if path.suffix == ".csv":
-            return pd.read_csv(path)
-        return pq.read_table(path).to_pandas()
-    except (pa.ArrowException, OSError, pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(
-            f"{path} cannot be read as a table: {reason}. A recording that was cut short must be recorded or copied again"
-        ) from None
+        frame: pd.DataFrame = table.to_pandas(ignore_metadata=True)
+    except (pa.ArrowException, ValueError) as error:
+        raise _unreadable(path, error) from None
+    return frame
 
 
 def read_steps(path: str | os.PathLike[str], configuration: ServingConfiguration, *, observed: bool = True) -> TraceTable:
@@ -78,7 +125,9 @@ class TraceStore:
         self.path = Path(path)
         if not self.path.is_dir():
             raise MissingInputError(f"no trace store at {self.path}: not a folder")
-        self.config_ids: tuple[str, ...] = tuple(sorted(p.parent.name for p in self.path.glob("*/configuration.yaml")))
+        self.config_ids: tuple[str, ...] = tuple(
+            sorted(p.parent.name for p in self.path.glob("*/configuration.yaml") if not p.parent.name.startswith("."))
+        )
         if not self.config_ids:
             raise MissingInputError(
                 f"no trace store at {self.path}: no <config_id>/configuration.yaml inside; found "
@@ -137,7 +186,7 @@ def write_store(
     Raises
     ------
     InputError
-        If the configuration is already there: nothing is overwritten.
+        If the configuration is already there, or a table cannot be stored as Parquet: nothing is written.
     """
     store = Path(path)
     store.mkdir(parents=True, exist_ok=True)
@@ -147,12 +196,19 @@ def write_store(
     temporary = Path(tempfile.mkdtemp(dir=store, prefix=".part-"))
     try:
         write_configuration(configuration, temporary / "configuration.yaml")
-        steps.to_parquet(temporary / "steps.parquet", index=False, compression="zstd")
-        if requests is not None:
-            requests.to_parquet(temporary / "requests.parquet", index=False, compression="zstd")
+        for name, table in (("steps", steps), ("requests", requests)):
+            if table is not None:
+                _write_parquet(table, temporary / f"{name}.parquet", target)
+        temporary.chmod(0o755)  # mkdtemp makes it private
         temporary.replace(target)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    target.chmod(0o755)
     return target
+
+
+def _write_parquet(table: pd.DataFrame, path: Path, target: Path) -> None:
+    try:
+        table.to_parquet(path, index=False, compression="zstd")
+    except (pa.ArrowException, ValueError, TypeError) as error:
+        raise InputError(f"{target / path.name}: the table cannot be stored as Parquet: {error}") from None
