@@ -25,7 +25,7 @@ class ValidationSettings:
     clock jitter explain a few such rows, never half of them. The others are rejected row by row."""
     slack: float = 0.5
     """A row counts as impossible below this fraction of the physical floor: peak figures of CPUs and caches are
-    only known to about a factor of two. The fastest of 226,000 recorded steps takes 1.06 times the floor."""
+    only known to about a factor of two. The fastest of 235,000 recorded steps takes 1.06 times the floor."""
     heavy_prefill_tokens: float = 128.0
     """Prefill is compared with the peak from here on: below, reading the weights bounds the step."""
     longest_median_step_s: float = 20.0
