@@ -316,7 +316,8 @@ def _draw(folder: Path, summary: TargetSummary, donors: LatencyPosterior, seed: 
             "blocks",
             "Predicted against measured",
             "Mean step time of each time block. Shaded: the rows calibrated on; the rest was never seen. A good model's blue "
-            "intervals are narrow and hold the orange points.",
+            "intervals are narrow and hold the orange points. Regimes are named as recorded: load1.2 is random arrivals at "
+            "1.2 times capacity, load0.4 begins with the backlog of the overload before it, calib is one burst at an idle one.",
             blocks,
         ),
         (

@@ -389,7 +389,7 @@ def _window(table: pd.DataFrame) -> tuple[float, float]:
     """Return the range to draw: all priors and populations, and own intervals unless they lie far beyond them."""
     inner = table[["prior_low", "prior_high", "population_low", "population_high"]].to_numpy()
     low, high = min(0.0, inner.min()), inner.max()
-    reach = 1.0 * (high - low)
+    reach = 0.35 * (high - low)
     own = table[["own_low", "own_high"]].to_numpy()
     low, high = min(low, max(own.min(), low - reach)), max(high, min(own.max(), high + reach))
     margin = 0.03 * (high - low)

@@ -45,16 +45,13 @@ def join(children: Iterable[object], separator: str = "") -> Html:
     return Html(separator.join(render(c) for c in children))
 
 
-def table(
-    header: Sequence[object], rows: Iterable[Sequence[object]], *, caption: object = None, emphasised: Sequence[int] = ()
-) -> Html:
+def table(header: Sequence[object], rows: Iterable[Sequence[object]], *, emphasised: Sequence[int] = ()) -> Html:
     """Return a table that scrolls sideways on a narrow screen; the first column heads its row.
 
     Parameters
     ----------
     header : sequence
     rows : iterable of sequence
-    caption : object, optional
     emphasised : sequence of int
         Numbers of the columns to stress.
     """
@@ -67,8 +64,7 @@ def table(
         element("tr", *(element("td", v, class_=mark(i)) if i else element("th", v, scope="row") for i, v in enumerate(row)))
         for row in rows
     ]
-    parts = [element("caption", caption)] if caption is not None else []
-    inner = element("table", *parts, element("thead", head), element("tbody", *body))
+    inner = element("table", element("thead", head), element("tbody", *body))
     return element("div", inner, class_="scroll", tabindex="0")
 
 
