@@ -52,9 +52,9 @@ def test_text_and_attributes_survive_a_parser(words: str, attribute: str) -> Non
 
 
 def test_hostile_text_makes_no_element() -> None:
-    outline = Outline(table(["a", HOSTILE], [[HOSTILE, HOSTILE]], caption=HOSTILE))
-    assert {tag for tag, _ in outline.tags} == {"div", "table", "caption", "thead", "tbody", "tr", "th", "td"}
-    assert outline.words.count(HOSTILE) == 4
+    outline = Outline(table(["a", HOSTILE], [[HOSTILE, HOSTILE]]))
+    assert {tag for tag, _ in outline.tags} == {"div", "table", "thead", "tbody", "tr", "th", "td"}
+    assert outline.words.count(HOSTILE) == 3
     assert not outline.open
 
 

@@ -30,7 +30,7 @@ h1{font-size:1.05rem;font-weight:600;margin:0;color:var(--muted)}
 h2{font-size:1.15rem;margin:2.4rem 0 .5rem}
 h3{font-size:.8rem;font-weight:600;margin:0 0 .15rem;color:var(--muted)}
 p{margin:.4rem 0}
-.muted,figcaption,caption{color:var(--muted);font-size:.88rem}
+.muted,figcaption{color:var(--muted);font-size:.88rem}
 .verdict{border:1px solid var(--line);border-left:.5rem solid var(--tone);border-radius:.5rem;
   background:var(--card);padding:.9rem 1.1rem;margin:.7rem 0}
 .verdict .answer{font-size:1.5rem;line-height:1.25;font-weight:700;margin:0 0 .35rem}
@@ -43,7 +43,6 @@ p{margin:.4rem 0}
 .scroll{overflow-x:auto}
 .verdict pre{margin:.5rem 0 0;background:var(--ground)}
 table{border-collapse:collapse;font-size:.9rem;width:100%;font-variant-numeric:tabular-nums}
-caption{text-align:left;padding-bottom:.4rem}
 th,td{padding:.32rem .5rem;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap}
 th:first-child{text-align:left}
 thead th{font-weight:600;color:var(--muted);vertical-align:bottom}
@@ -63,6 +62,9 @@ ul{margin:.4rem 0;padding-left:1.2rem}
 @media(max-width:40rem){.wide{display:none}.narrow{display:block}.verdict .answer{font-size:1.25rem}
 .tiles{grid-template-columns:1fr 1fr;gap:.4rem}.tile{padding:.5rem .6rem;font-size:.8rem}.tile b{font-size:1.15rem}
   th,td{padding:.3rem .4rem}}
+@media(max-width:40rem){.words table,.words tbody,.words tr,.words th,.words td{display:block;border:0}
+.words thead{display:none}.words tr{border-bottom:1px solid var(--line);padding:.35rem 0}
+.words th,.words td{padding:.05rem 0;white-space:normal;overflow-wrap:anywhere}}
 @media print{.scroll{overflow:visible}}
 """
 

@@ -191,9 +191,8 @@ def _accuracy(comparison: Comparison) -> Html:
         "are the calibrated target's: its 95 % intervals should hold 95 % of rows and of block means."
     )
     notes = [element("li", element("b", f"{name}: "), METHODS.get(name, "")) for name in methods]
-    return join(
-        [table(header, rows, caption=caption, emphasised=[3 + methods.index(CALIBRATED)]), element("ul", *notes, class_="muted")]
-    )
+    found_table = table(header, rows, emphasised=[3 + methods.index(CALIBRATED)])
+    return join([element("p", caption, class_="muted"), found_table, element("ul", *notes, class_="muted")])
 
 
 def _checks(verdict: Verdict) -> Html:
