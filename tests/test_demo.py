@@ -158,6 +158,7 @@ def test_blis_files_hold_the_reported_vectors_or_the_refusal_is_reported(demo: D
     flags = (demo.out / "blis-flags.txt").read_text(encoding="utf-8").split()
     said = flags[flags.index("--beta-coeffs") + 1]
     assert [float(v) for v in said.split(",")] == held["beta_coeffs"]
+    assert " ".join(flags) in " ".join(Page((demo.out / "summary.html").read_text(encoding="utf-8")).text)
     hardware = json.loads((demo.out / "blis-hardware.json").read_text(encoding="utf-8"))
     assert flags[flags.index("--hardware") + 1] in hardware
 

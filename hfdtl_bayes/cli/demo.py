@@ -329,8 +329,8 @@ def _draw(folder: Path, summary: TargetSummary, donors: LatencyPosterior, seed: 
         (
             "coefficients",
             "What was learnt of each cost",
-            "Each cost of a step as a multiple of its physical reference. Where blue is as wide as the grey band, the rows said "
-            "nothing and the prior speaks. Arrows and cut lines lie outside; the numbers are at the right.",
+            "Each cost of a step as a multiple of its physical reference. A wide blue bar: the target's rows say little of this "
+            "cost, and the donors and the prior speak. Arrows and cut bars go on outside; the numbers are at the right.",
             coefficients,
         ),
     ):

@@ -64,7 +64,7 @@ ul{margin:.4rem 0;padding-left:1.2rem}
   th,td{padding:.3rem .4rem}}
 @media(max-width:40rem){.words table,.words tbody,.words tr,.words th,.words td{display:block;border:0}
 .words thead{display:none}.words tr{border-bottom:1px solid var(--line);padding:.35rem 0}
-.words th,.words td{padding:.05rem 0;white-space:normal;overflow-wrap:anywhere}}
+.words th,.words td{padding:.05rem 0;white-space:normal;overflow-wrap:anywhere}.words tbody th{font-weight:700}}
 @media print{.scroll{overflow:visible}}
 """
 

@@ -207,6 +207,7 @@ def _blis(summary: TargetSummary) -> Sequence[Html]:
     vectors = summary.vectors
     card = vectors.as_dict()
     rows = [[v["label"], f"{v['value']:.6g}", v["unit"]] for v in (*card["alpha"], *card["beta"])]
+    hardware = next((name for name in summary.files if name.endswith("hardware.json")), None)
     caution = "" if summary.verdict.accepted else "The verdict is not an accept: these show the format and are not to plan with."
     said = (
         f"Fitted to {summary.export_note or 'the traffic'}, {vectors.rows} batches: the mean difference from the posterior mean "
@@ -217,7 +218,7 @@ def _blis(summary: TargetSummary) -> Sequence[Html]:
         heading,
         *([element("p", element("b", caution))] if caution else []),
         element("p", "Flags for blis run or blis replay:"),
-        element("pre", blis_flags(vectors).strip()),
+        element("pre", blis_flags(vectors, hardware_config=hardware).strip()),
         element("p", said, class_="muted"),
         element("ul", *(element("li", note) for note in vectors.notes), class_="muted"),
         element("details", element("summary", "The values, one by one"), table(["coefficient", "value", "unit"], rows)),
