@@ -198,6 +198,6 @@ def select_rows(frame: pd.DataFrame, step_ids: Sequence[int] | np.ndarray) -> pd
     absent = np.setdiff1d(wanted, frame["step_id"].to_numpy())
     if len(absent):
         raise InputError(
-            f"{len(absent)} of {len(wanted)} selected step_id(s) are not among the usable rows, for example {absent[0]:g}"
+            f"{len(absent)} of {len(wanted)} selected step_id(s) are not among the usable rows, for example {absent[0]:.0f}"
         )
     return frame[frame["step_id"].isin(wanted)]
