@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hfdtl_bayes.errors import InputError
+from hfdtl_bayes.errors import HfdtlError, InputError
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -114,12 +114,10 @@ def writing(path: Path) -> Iterator[None]:
     """
     try:
         yield
-    except InputError:
+    except HfdtlError:
+        # Some of these refine an OSError (a missing input) and carry their own message.
         raise
     except OSError as error:
-        # Errors of this package that refine an OSError (a missing input) carry their own message and no errno.
-        if error.errno is None:
-            raise
         raise InputError(f"{path} cannot be written: {error.strerror or error}; what was there is unchanged") from None
 
 

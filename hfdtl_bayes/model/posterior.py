@@ -325,10 +325,13 @@ class LatencyPosterior:
             tree[f"statistics/{s.config_id}"] = xr.DataTree(dataset)
         tree["calibration"] = xr.DataTree(xr.Dataset({"row": ("calibration_row", self.calibration_rows)}))
         tree.attrs["hfdtl_bayes"] = json.dumps(self._header())
+        # Made in memory, for HDF5 brings the whole process down when the disk it writes to is full.
+        with tree.to_netcdf(engine="h5netcdf") as view:
+            content = bytes(view)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}", suffix=".part")
-        os.close(handle)
         try:
-            tree.to_netcdf(temporary, engine="h5netcdf")
+            with os.fdopen(handle, "wb") as stream:
+                stream.write(content)
             # mkstemp makes private files; a posterior is to be shared like any other output.
             umask = os.umask(0)
             os.umask(umask)
