@@ -144,6 +144,7 @@ class ExactDensity:
         self.offset = loading @ self.mean - self.info.reference
         # Contractions over strata as plain matrix products: numpy's einsum costs more than the arithmetic here.
         self._flat_gram = self.info.gram.reshape(self.count_config, -1, self.count_coef**2)
+        self._identity, self._population_identity = np.eye(self.count_coef), np.eye(len(self.mean))
         self.start = self._start(statistics)
 
     def _start(self, statistics: Sequence[ConfigStatistics]) -> FloatArray:
@@ -168,12 +169,12 @@ class ExactDensity:
     def split(self, x: FloatArray) -> tuple[FloatArray, ...]:
         """Split coordinates (..., size) into log tau, logit rho, log sigma, log omega and the four population scales."""
         k, c = self.count_coef, self.count_config
-        parts = np.split(x, [k, k + 1, k + 1 + c, k + 1 + 2 * c], axis=-1)
-        return (parts[0], parts[1][..., 0], parts[2], parts[3], *np.moveaxis(parts[4], -1, 0))
+        rest = k + 1 + 2 * c
+        scales = (x[..., :k], x[..., k], x[..., k + 1 : k + 1 + c], x[..., k + 1 + c : rest])
+        return (*scales, x[..., rest], x[..., rest + 1], x[..., rest + 2], x[..., rest + 3])
 
     def _solve(self, tau: FloatArray, share: FloatArray, sigma: FloatArray, omega: FloatArray) -> _Solved:
-        k = self.count_coef
-        identity = np.eye(k)
+        k, identity = self.count_coef, self._identity
         total = tau * self.scale
         own_sd = np.sqrt(1 - share)[..., None] * total
         shared_sd = np.sqrt(share)[..., None] * total
@@ -209,7 +210,7 @@ class ExactDensity:
         inner = hardware_inverse @ scaled_map
         inner_target = (hardware_inverse @ scaled_hardware[..., None])[..., 0]
         # Population.
-        precision = np.eye(len(self.mean)) + (_t(self.loading) @ loaded).sum(axis=-3) - (_t(scaled_map) @ inner).sum(axis=-3)
+        precision = self._population_identity + (_t(self.loading) @ loaded).sum(axis=-3) - (_t(scaled_map) @ inner).sum(axis=-3)
         vector = (_t(self.loading) @ reduced_target[..., None])[..., 0].sum(axis=-2)
         vector = vector - (_t(scaled_map) @ inner_target[..., None])[..., 0].sum(axis=-2)
         population_inverse = np.linalg.inv(precision)

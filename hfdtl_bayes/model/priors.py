@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,12 +34,12 @@ class PositiveRange:
         if not (0 < self.low < self.high and np.isfinite(self.high)):
             raise InputError(f"range ({self.low}, {self.high}): give two positive numbers, the lower one first")
 
-    @property
+    @cached_property
     def log_mean(self) -> float:
         """Mean of the logarithm."""
         return float(0.5 * (np.log(self.low) + np.log(self.high)))
 
-    @property
+    @cached_property
     def log_sd(self) -> float:
         """Standard deviation of the logarithm."""
         return float((np.log(self.high) - np.log(self.low)) / (2 * _Z90))

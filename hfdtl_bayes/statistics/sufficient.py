@@ -25,8 +25,10 @@ from hfdtl_bayes.traces import time_blocks
 
 FloatArray = NDArray[np.float64]
 
-DEFAULT_BLOCK_LENGTH = 50
-"""Steps per drift block: long enough to tell drift from noise, short enough to follow it (about a second of serving)."""
+DEFAULT_BLOCK_LENGTH = 20
+"""Steps per drift block: long enough to tell drift from noise, short enough that errors within one are nearly independent. On
+real engines the correlation of neighbouring steps halves within 20 to 50 steps; with longer blocks a coefficient of
+something that changes slowly (batch size, context) takes drift for its own effect."""
 
 _SMALLEST_NOISE = 1e-6
 """Relative noise below which rows are taken to be free of it."""
