@@ -52,7 +52,7 @@ typecheck: $(VENV)/.installed-lint
 
 bench: $(VENV)/.installed-test
 	$(BIN)/python benchmarks/gpu_accuracy.py $(SHARED)/gpu_steps
-	$(BIN)/python benchmarks/coverage.py $(SHARED)/vllm_cpu $(SHARED)/gpu_steps
+	$(BIN)/python benchmarks/interval_coverage.py $(SHARED)/vllm_cpu $(SHARED)/gpu_steps
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache

@@ -33,7 +33,7 @@ DONORS = (
 )
 RANDOM_N = (25, 100, 500)
 SHIFT_N = 50
-SETTINGS = SamplerSettings(draws=300, tune=400, chains=2, target_accept=0.95)
+SETTINGS = SamplerSettings(draws=300, tune=250, chains=2)
 BAYESIAN = ("roofline", "hfdtl")
 
 
@@ -83,7 +83,7 @@ def judge(store: str, target: str, seed: int) -> list[dict[str, object]]:
     configuration: ServingConfiguration = opened.configuration(target)
     frame = drop_warmup(opened.steps(target).frame)
     fits, ridge = donors(store, seed)
-    roofline = feature_set("roofline")
+
     rows: list[dict[str, object]] = []
 
     def score(split: Split, name: str, method: str, predicted: np.ndarray) -> None:

@@ -18,7 +18,7 @@ Tune = Annotated[int, typer.Option("--tune", min=50, help="Draws per chain used 
 Chains = Annotated[int, typer.Option("--chains", min=2, help="Chains, from different starting points.")]
 
 # The defaults of SamplerSettings, repeated because importing it would load PyMC for --help; a test keeps them equal.
-DRAWS, TUNE, CHAINS = 500, 500, 4
+DRAWS, TUNE, CHAINS = 500, 300, 4
 
 
 def names_in(text: str | None) -> list[str]:

@@ -48,10 +48,13 @@ SETTINGS = RooflineSettings()
 
 
 def peak_flops(configuration: ServingConfiguration) -> float:
-    """Peak FLOP/s of one GPU at the precision of the weights."""
+    """Return the peak FLOP/s of one GPU at the precision it multiplies in.
+
+    FP8 where weights take one byte and the hardware has it; weights of four bits are expanded and multiplied at 16.
+    """
     hardware = configuration.hardware
     fp8 = hardware.peak_flops_fp8
-    return float(fp8 if fp8 and configuration.llm.weight_bytes_per_param <= 1 else hardware.peak_flops)
+    return float(fp8 if fp8 and configuration.llm.weight_bytes_per_param == 1 else hardware.peak_flops)
 
 
 def _column(frame: pd.DataFrame, name: str) -> FloatArray:
@@ -75,6 +78,7 @@ class Gemm:
     count: int
     inner: float
     outer: float
+    bytes_per_param: float
     per_request: bool = False
     """True for the output head, which runs once per request and not once per token."""
 
@@ -88,28 +92,30 @@ def dense_gemms(configuration: ServingConfiguration) -> tuple[Gemm, ...]:
     llm, tp = configuration.llm, configuration.engine.tensor_parallel
     kv_heads = max(llm.num_key_value_heads / tp, 1.0)
     heads = llm.num_attention_heads / tp
+    size = llm.weight_bytes_per_param
     gemms = [
-        Gemm(llm.num_layers, llm.hidden_size, (heads + 2 * kv_heads) * llm.head_dim),
-        Gemm(llm.num_layers, heads * llm.head_dim, llm.hidden_size),
+        Gemm(llm.num_layers, llm.hidden_size, (heads + 2 * kv_heads) * llm.head_dim, size),
+        Gemm(llm.num_layers, heads * llm.head_dim, llm.hidden_size, size),
     ]
     if llm.num_dense_layers:
-        gemms.append(Gemm(llm.num_dense_layers, llm.hidden_size, 2 * llm.intermediate_size / tp))
-        gemms.append(Gemm(llm.num_dense_layers, llm.intermediate_size / tp, llm.hidden_size))
+        gemms.append(Gemm(llm.num_dense_layers, llm.hidden_size, 2 * llm.intermediate_size / tp, size))
+        gemms.append(Gemm(llm.num_dense_layers, llm.intermediate_size / tp, llm.hidden_size, size))
     if llm.num_moe_layers and llm.shared_expert_intermediate_size:
         width = llm.shared_expert_intermediate_size / tp
-        gemms.append(Gemm(llm.num_moe_layers, llm.hidden_size, 2 * width))
-        gemms.append(Gemm(llm.num_moe_layers, width, llm.hidden_size))
-    gemms.append(Gemm(1, llm.hidden_size, llm.vocab_size / tp, per_request=True))
+        gemms.append(Gemm(llm.num_moe_layers, llm.hidden_size, 2 * width, size))
+        gemms.append(Gemm(llm.num_moe_layers, width, llm.hidden_size, size))
+    # Quantised models keep the output head at 16 bits.
+    gemms.append(Gemm(1, llm.hidden_size, llm.vocab_size / tp, max(size, 2.0), per_request=True))
     return tuple(gemms)
 
 
 def weight_read_s(configuration: ServingConfiguration) -> float:
     """Time to read the weights that every step reads, on one GPU, at peak bandwidth: attention, dense and shared FFN, head.
 
-    sum over GEMMs of count * inner * outer * weight_bytes_per_param / memory_bandwidth.
+    sum over GEMMs of count * inner * outer * bytes_per_param / memory_bandwidth.
     """
-    parameters = sum(g.count * g.inner * g.outer for g in dense_gemms(configuration))
-    return parameters * configuration.llm.weight_bytes_per_param / configuration.hardware.memory_bandwidth
+    size = sum(g.count * g.inner * g.outer * g.bytes_per_param for g in dense_gemms(configuration))
+    return size / configuration.hardware.memory_bandwidth
 
 
 def gemm_s(frame: pd.DataFrame, configuration: ServingConfiguration) -> FloatArray:
@@ -133,14 +139,13 @@ def gemm_excess_s(frame: pd.DataFrame, configuration: ServingConfiguration, sett
     activations, M_w those of the weights alone. It is near zero while a step is memory-bound and grows like F / P once it
     is compute-bound, which is how max(compute, memory) enters a model that stays linear in its coefficients.
     """
-    llm, hardware = configuration.llm, configuration.hardware
-    peak, width = peak_flops(configuration), hardware.memory_bandwidth
+    peak, width = peak_flops(configuration), configuration.hardware.memory_bandwidth
     tokens, requests = batch_tokens(frame), batch_requests(frame)
     excess = np.zeros(len(frame))
     for g in dense_gemms(configuration):
         rows = requests if g.per_request else tokens
         compute = 2.0 * rows * g.inner * g.outer / peak / settings.compute_efficiency
-        weights = g.inner * g.outer * llm.weight_bytes_per_param / width / settings.memory_efficiency
+        weights = g.inner * g.outer * g.bytes_per_param / width / settings.memory_efficiency
         activations = rows * (g.inner + g.outer) * 2.0 / width / settings.memory_efficiency
         excess += g.count * (smooth_max(compute, weights + activations, settings.sharpness) - weights)
     return excess * settings.compute_efficiency

@@ -1,6 +1,6 @@
 """Coverage of 95 % predictive intervals on held-out time blocks, each configuration a target of three donors in turn.
 
-    python benchmarks/coverage.py ../shared/data/vllm_cpu ../shared/data/gpu_steps [--jobs 2] [--targets N] [--out FILE.csv]
+    python benchmarks/interval_coverage.py ../shared/data/vllm_cpu ../shared/data/gpu_steps [--jobs 2] [--targets N] [--out FILE.csv]
 
 Of every regime the last 30 % of its time blocks are held out and the rest calibrates. Prints, per store, the share of
 held-out rows and of held-out block means inside their intervals, averaged over targets, with their spread.
@@ -29,7 +29,7 @@ DONORS = {
         "llama3-8b_a100-sxm_tp1_vllm0.14.0",
     ),
 }
-SETTINGS = SamplerSettings(draws=500, tune=400, chains=2, target_accept=0.95)
+SETTINGS = SamplerSettings(draws=400, tune=250, chains=2)
 
 
 @cache
