@@ -81,7 +81,7 @@ class _Geometry:
         return cls(mu, reference_sd, directions, variance * (target - information * population), 0.5 * pt.log(variance))
 
 
-class PartialNonCentering(Transform):
+class PartialNonCentering(Transform):  # type: ignore[misc]  # PyMC is untyped
     """The map between theta and the coordinates eta; the inputs are those of `group_effects`."""
 
     name = "eta"

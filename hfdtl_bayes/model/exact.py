@@ -28,12 +28,13 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
+from hfdtl_bayes.configuration import ServingConfiguration
 from hfdtl_bayes.features import FeatureSet
 from hfdtl_bayes.model.layout import check_statistics, hardware_index, hardware_names, posterior_tree
 from hfdtl_bayes.model.moments import reference_errors
 from hfdtl_bayes.model.nuts import SamplerSettings, run_nuts
 from hfdtl_bayes.model.priors import PriorSettings, deviation_scale, population_mean, population_sd
-from hfdtl_bayes.statistics import ConfigStatistics
+from hfdtl_bayes.statistics import ConfigStatistics, config_to_constant
 
 FloatArray = NDArray[np.float64]
 
@@ -130,8 +131,10 @@ class ExactDensity:
         self.scale = deviation_scale(feature_set)
         self.mean, self.sd = population_mean(feature_set), population_sd(feature_set)
         self.count_config, self.count_coef = len(statistics), len(self.scale)
+        self.feature_set = feature_set
         self.hardware = hardware_index(statistics)
-        count_hardware = len(hardware_names(statistics))
+        self.hardware_names = hardware_names(statistics)
+        count_hardware = len(self.hardware_names)
         self.membership = np.zeros((count_hardware, self.count_config))
         self.membership[self.hardware, np.arange(self.count_config)] = 1.0
         base, config = len(feature_set.base), len(feature_set.config)
@@ -172,6 +175,18 @@ class ExactDensity:
         rest = k + 1 + 2 * c
         scales = (x[..., :k], x[..., k], x[..., k + 1 : k + 1 + c], x[..., k + 1 + c : rest])
         return (*scales, x[..., rest], x[..., rest + 1], x[..., rest + 2], x[..., rest + 3])
+
+    def join(
+        self,
+        tau: FloatArray,
+        share: FloatArray,
+        sigma: FloatArray,
+        omega: FloatArray,
+        populations: Sequence[FloatArray],
+    ) -> FloatArray:
+        """Return the unconstrained coordinates of scales, shape (S, size); the inverse of what `draw` reports."""
+        columns = [np.log(tau), np.log(share / (1 - share))[:, None], np.log(sigma), np.log(omega)]
+        return np.concatenate([*columns, *(np.log(p)[:, None] for p in populations)], axis=1)
 
     def _solve(self, tau: FloatArray, share: FloatArray, sigma: FloatArray, omega: FloatArray) -> _Solved:
         k, identity = self.count_coef, self._identity
@@ -300,6 +315,47 @@ class ExactDensity:
             parts.append(-r / spread)
             tails += [float(r.sum() / spread - a / prior.log_sd), float(r @ r - len(logs) - b / spread_prior.log_sd)]
         return value, np.concatenate([*parts, tails])
+
+    def predictive(self, x: FloatArray, configuration: ServingConfiguration) -> tuple[FloatArray, FloatArray]:
+        """Return mean and covariance of the coefficients of a configuration that is not among those fitted, given the scales.
+
+        Parameters
+        ----------
+        x : ndarray, shape (S, size)
+        configuration : ServingConfiguration
+
+        Returns
+        -------
+        mean : ndarray, shape (S, K)
+            In reference units.
+        covariance : ndarray, shape (S, K, K)
+        """
+        log_tau, logit, log_sigma, log_omega, *_ = self.split(x)
+        share = 1.0 / (1.0 + np.exp(-logit))
+        s = self._solve(np.exp(log_tau), share, np.exp(log_sigma), np.exp(log_omega))
+        total = np.exp(log_tau) * self.scale
+        shared_sd = np.sqrt(share)[:, None] * total
+        base, config = len(self.feature_set.base), len(self.feature_set.config)
+        loading = np.zeros((self.count_coef, len(self.mean)))
+        loading[range(base), range(base)] = 1.0
+        loading[range(base, self.count_coef), range(base + config, len(self.mean))] = 1.0
+        loading[base, base : base + config] = config_to_constant(self.feature_set, configuration)
+        mean = (self.mean + self.sd * s.population_mean) @ loading.T
+        slope = np.broadcast_to(loading * self.sd, (len(x), *loading.shape))
+        covariance = np.zeros((len(x), self.count_coef, self.count_coef))
+        diagonal = np.arange(self.count_coef)
+        name = configuration.hardware.name
+        if name in self.hardware_names:
+            h = self.hardware_names.index(name)
+            mapped = s.hardware_map[:, h]
+            effect = s.hardware_target[:, h] - (mapped @ s.population_mean[..., None])[..., 0]
+            mean = mean + shared_sd * effect
+            slope = slope - shared_sd[..., None] * mapped
+            covariance = covariance + shared_sd[:, :, None] * s.hardware_inverse[:, h] * shared_sd[:, None, :]
+        else:
+            covariance[:, diagonal, diagonal] += shared_sd**2
+        covariance[:, diagonal, diagonal] += (1 - share)[:, None] * total**2
+        return mean, covariance + slope @ s.population_inverse @ _t(slope)
 
     def draw(self, x: FloatArray, rng: np.random.Generator) -> dict[str, FloatArray]:
         """Draw the coefficients exactly, once for each value of the scales.

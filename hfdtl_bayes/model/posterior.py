@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -20,10 +21,10 @@ from hfdtl_bayes.configuration import ServingConfiguration
 from hfdtl_bayes.errors import HfdtlError, InputError, MissingInputError, PosteriorFileError, UnknownNameError
 from hfdtl_bayes.features import FeatureSet, feature_set
 from hfdtl_bayes.model.diagnostics import Convergence, convergence
-from hfdtl_bayes.model.priors import PositiveRange, PriorSettings, deviation_scale
 from hfdtl_bayes.model.exact import sample_exact
 from hfdtl_bayes.model.layout import hardware_names
 from hfdtl_bayes.model.nuts import SamplerSettings
+from hfdtl_bayes.model.priors import PositiveRange, PriorSettings, deviation_scale
 from hfdtl_bayes.statistics import (
     ConfigStatistics,
     config_to_constant,
@@ -56,6 +57,9 @@ class Draws:
     ----------
     theta : ndarray, shape (S, K)
         Coefficients in reference units, config features folded into the constant.
+    mean : ndarray, shape (K,)
+        Their posterior mean; for a configuration drawn from the population that of the centre, which has no Monte Carlo error of
+        the deviation.
     sigma, omega : ndarray, shape (S,)
         Relative sds of a row's noise and of a block's drift.
     known : bool
@@ -63,6 +67,7 @@ class Draws:
     """
 
     theta: FloatArray
+    mean: FloatArray
     sigma: FloatArray
     omega: FloatArray
     known: bool
@@ -161,8 +166,10 @@ class LatencyPosterior:
                     "the new one another config_id"
                 )
             c = self.config_ids.index(configuration.config_id)
-            return Draws(self.draws_of("theta")[:, c], self.draws_of("sigma")[:, c], self.draws_of("omega")[:, c], True)
-        rng = np.random.default_rng(seed)
+            theta = self.draws_of("theta")[:, c]
+            return Draws(theta, theta.mean(axis=0), self.draws_of("sigma")[:, c], self.draws_of("omega")[:, c], True)
+        # Two new configurations deviate from the population independently of each other.
+        rng = np.random.default_rng([seed, zlib.crc32(configuration.config_id.encode())])
         centre = self.population_draws(configuration)
         theta = centre + self.deviation_sd(configuration) * rng.standard_normal(centre.shape)
 
@@ -170,7 +177,7 @@ class LatencyPosterior:
             spread = self.draws_of(f"{name}_spread")
             return np.asarray(self.draws_of(f"{name}_typical") * np.exp(spread * rng.standard_normal(spread.shape)))
 
-        return Draws(theta, new_scale("sigma"), new_scale("omega"), False)
+        return Draws(theta, centre.mean(axis=0), new_scale("sigma"), new_scale("omega"), False)
 
     def _hardware(self, configuration: ServingConfiguration) -> int | None:
         """Return the index of a configuration's hardware among those fitted; None if it is new."""
@@ -200,7 +207,7 @@ class LatencyPosterior:
     def expected_s(self, frame: pd.DataFrame, configuration: ServingConfiguration, seed: int = 0) -> FloatArray:
         """Return the posterior mean of the expected value of each row, shape (n,), in seconds."""
         draws = self.draws(configuration, seed)
-        return np.asarray(self.feature_set.design(frame, configuration) @ draws.theta.mean(axis=0))
+        return np.asarray(self.feature_set.design(frame, configuration) @ draws.mean)
 
     def scale_s(self, expected_s: FloatArray, configuration: ServingConfiguration) -> FloatArray:
         """Return the scale s that errors are relative to, shape (n,): the expected value or the floor, the larger."""
@@ -229,7 +236,8 @@ class LatencyPosterior:
         """
         draws = self.draws(configuration, seed)
         design = self.feature_set.design(frame, configuration)
-        scale = self.scale_s(design @ draws.theta.mean(axis=0), configuration)
+        expected = design @ draws.mean
+        scale = self.scale_s(expected, configuration)
         rng = np.random.default_rng([seed, 1])
         error_sd = np.hypot(draws.sigma, draws.omega)
         out = {name: np.empty(len(frame)) for name in PREDICTION_COLUMNS}
@@ -237,7 +245,7 @@ class LatencyPosterior:
             part = slice(start, start + _ROWS_AT_ONCE)
             mean = draws.theta @ design[part].T
             new = mean + error_sd[:, None] * scale[part] * rng.standard_normal(mean.shape)
-            out["mean_s"][part] = mean.mean(axis=0)
+            out["mean_s"][part] = expected[part]
             # Var of a new observation = Var of the mean + mean of the error variance; exact, where draws are noisy.
             error_variance = float(np.mean(error_sd**2)) * scale[part] ** 2
             out["sd_mean_s"][part] = mean.std(axis=0)
@@ -260,7 +268,7 @@ class LatencyPosterior:
         """
         draws = self.draws(configuration, seed)
         design = self.feature_set.design(frame, configuration)
-        scale = self.scale_s(design @ draws.theta.mean(axis=0), configuration)
+        scale = self.scale_s(design @ draws.mean, configuration)
         numbers, index, counts = np.unique(blocks, return_inverse=True, return_counts=True)
         mean_design = np.zeros((len(numbers), design.shape[1]))
         np.add.at(mean_design, index, design)
@@ -273,7 +281,7 @@ class LatencyPosterior:
         new += draws.sigma[:, None] * root_square * rng.standard_normal(mean.shape)
         low, high = np.quantile(new, (0.025, 0.975), axis=0)
         return pd.DataFrame(
-            {"rows": counts, "mean_s": mean.mean(axis=0), "sd_s": new.std(axis=0), "q2.5_s": low, "q97.5_s": high},
+            {"rows": counts, "mean_s": mean_design @ draws.mean, "sd_s": new.std(axis=0), "q2.5_s": low, "q97.5_s": high},
             index=pd.Index(numbers, name="block"),
         )
 
@@ -404,8 +412,10 @@ class LatencyPosterior:
                 f"{path} was fitted with version {header['package_version']}, where feature(s) {', '.join(changed)} of "
                 f"{features.name!r} were defined otherwise; its coefficients would be misread. Fit it again"
             )
-        priors = PriorSettings(**{k: PositiveRange(**v) if isinstance(v, dict) else v for k, v in header["priors"].items()})
-        statistics = tuple(statistics_from_dataset(tree[f"statistics/{c}"].to_dataset(inherit=False)) for c in header["configs"])
+        settings: dict[str, Any] = {k: PositiveRange(**v) if isinstance(v, dict) else v for k, v in header["priors"].items()}
+        priors = PriorSettings(**settings)
+        nodes = (tree[f"statistics/{c}"] for c in header["configs"])
+        statistics = tuple(statistics_from_dataset(n.to_dataset(inherit=False)) for n in nodes if isinstance(n, xr.DataTree))
         if input_hash(statistics) != header["input_hash"]:
             raise PosteriorFileError(f"{path}: the statistics do not match their hash; the file was altered. Fit it again")
         kept = {name: tree[name].to_dataset() for name in ("posterior", "sample_stats", "observed_data")}

@@ -55,6 +55,7 @@ def fit_donors(
     block_length: int = DEFAULT_BLOCK_LENGTH,
     priors: PriorSettings | None = None,
     settings: SamplerSettings | None = None,
+    engine: str = "exact",
     seed: int = 0,
     show_progress: bool = True,
 ) -> LatencyPosterior:
@@ -72,7 +73,7 @@ def fit_donors(
         Rows of each donor to use, the first in time; all by default.
     block_length : int
         Rows per drift block.
-    priors, settings, seed, show_progress
+    priors, settings, engine, seed, show_progress
         As in `fit`.
 
     Returns
@@ -93,7 +94,7 @@ def fit_donors(
         raise InputError(f"donor(s) listed twice: {', '.join(repeated)}; list each once")
     chosen = feature_set(features, quantity)
     statistics = [_statistics(store, d, chosen, max_rows=max_rows, block_length=block_length) for d in donors]
-    return fit(statistics, chosen, priors, settings, seed=seed, show_progress=show_progress)
+    return fit(statistics, chosen, priors, settings, engine=engine, seed=seed, show_progress=show_progress)
 
 
 def _statistics(
@@ -113,6 +114,7 @@ def calibrate(
     *,
     block_length: int = DEFAULT_BLOCK_LENGTH,
     settings: SamplerSettings | None = None,
+    engine: str = "exact",
     seed: int = 0,
     show_progress: bool = True,
 ) -> LatencyPosterior:
@@ -127,7 +129,7 @@ def calibrate(
     configuration : ServingConfiguration
         The target's.
     block_length : int
-    settings, seed, show_progress
+    settings, engine, seed, show_progress
         As in `fit`.
 
     Returns
@@ -153,6 +155,7 @@ def calibrate(
         donors.priors,
         settings,
         target=configuration.config_id,
+        engine=engine,
         seed=seed,
         show_progress=show_progress,
     )

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
+from scipy.stats import norm
 
 from hfdtl_bayes.configuration import ServingConfiguration
 from hfdtl_bayes.errors import InputError
@@ -36,11 +37,14 @@ class HeldOut:
     block_coverage : float
         Share of time blocks whose mean lies inside its 95 % predictive interval.
     attainable_mape : float
-        sqrt(2 / pi) times the posterior's relative error sd: what is left when the mean is known exactly.
+        What is left when the mean is known exactly: see `attainable_mape`, at the posterior's relative error sd.
+    mean_uncertainty : float
+        Median over rows of the relative sd of the expected value: how much the coefficients leave open.
     by_regime : DataFrame
         rows, mape, bias, coverage, block_coverage per regime.
     block_errors : DataFrame
-        Per block: regime, rows, sum of absolute percentage errors: what the block bootstrap resamples.
+        Per block: regime, rows, sum of absolute percentage errors and of squared errors, whether its mean lies inside its interval:
+        what the block bootstrap resamples.
     """
 
     rows: int
@@ -51,6 +55,7 @@ class HeldOut:
     coverage: float
     block_coverage: float
     attainable_mape: float
+    mean_uncertainty: float
     by_regime: pd.DataFrame
     block_errors: pd.DataFrame
 
@@ -65,6 +70,22 @@ class HeldOut:
 def percentage_errors(observed: FloatArray, predicted: FloatArray) -> FloatArray:
     """Return |predicted - observed| / observed, shape (n,)."""
     return np.asarray(np.abs(predicted - observed) / observed)
+
+
+def attainable_mape(error_sd: float) -> float:
+    """Return the mean absolute percentage error of the true mean itself, as a fraction, when errors have this relative sd.
+
+    For observations lognormal around their mean with coefficient of variation cv, E|m / y - 1| = exp(s^2) (2 Phi(3 s / 2) - 1) - (2
+    Phi(s / 2) - 1), s^2 = log(1 + cv^2): about 0.8 cv for small cv. No model can do better.
+    """
+    s = float(np.sqrt(np.log1p(error_sd**2)))
+    return float(np.exp(s**2) * (2 * norm.cdf(1.5 * s) - 1) - (2 * norm.cdf(0.5 * s) - 1))
+
+
+def error_sd(posterior: LatencyPosterior, config_id: str) -> float:
+    """Return the posterior median of a fitted configuration's relative error sd, noise and drift together."""
+    draws = posterior.draws(posterior.configuration(config_id))
+    return float(np.median(np.hypot(draws.sigma, draws.omega)))
 
 
 def evaluate(
@@ -111,17 +132,20 @@ def evaluate(
     if not judged["scored"].any():
         raise InputError(f"no held-out row of {configuration.config_id!r} waited longer than {floor:.3g} s: nothing to judge")
     judged["error"] = 0.0
+    judged["squared"] = (judged["mean_s"] - judged["observed"]) ** 2
     scored = judged["scored"].to_numpy()
     judged.loc[scored, "error"] = percentage_errors(observed[scored], judged["mean_s"].to_numpy()[scored])
     means = judged.groupby("block").agg(
         regime=("regime", "first"),
         rows=("scored", "sum"),
         error=("error", "sum"),
+        squared=("squared", "sum"),
+        size=("squared", "size"),
         observed=("observed", "mean"),
     )
     means["inside"] = (means["observed"] >= block_means["q2.5_s"]) & (means["observed"] <= block_means["q97.5_s"])
     draws = posterior.draws(configuration, seed)
-    error_sd = float(np.median(np.hypot(draws.sigma, draws.omega)))
+    spread = float(np.median(np.hypot(draws.sigma, draws.omega)))
 
     def measures(rows: pd.DataFrame, block_rows: pd.DataFrame) -> dict[str, float]:
         return {
@@ -145,7 +169,10 @@ def evaluate(
         bias=float(overall["bias"]),
         coverage=float(overall["coverage"]),
         block_coverage=float(overall["block_coverage"]),
-        attainable_mape=float(np.sqrt(2 / np.pi) * error_sd),
+        attainable_mape=attainable_mape(spread),
+        mean_uncertainty=float(
+            np.median(predicted["sd_mean_s"] / posterior.scale_s(predicted["mean_s"].to_numpy(), configuration))
+        ),
         by_regime=by_regime,
-        block_errors=means[["regime", "rows", "error"]].reset_index(),
+        block_errors=means[["regime", "rows", "error", "squared", "size", "inside"]].reset_index(),
     )

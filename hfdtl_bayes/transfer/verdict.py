@@ -8,12 +8,15 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
+from scipy.stats import binom
 
 from hfdtl_bayes.configuration import ServingConfiguration
 from hfdtl_bayes.errors import InputError
 from hfdtl_bayes.model import LatencyPosterior
 from hfdtl_bayes.statistics import DEFAULT_BLOCK_LENGTH
-from hfdtl_bayes.transfer.evaluation import HeldOut, evaluate
+from hfdtl_bayes.transfer.conflict import population_conflict
+from hfdtl_bayes.transfer.evaluation import HeldOut, attainable_mape, error_sd, evaluate
 
 
 class Outcome(StrEnum):
@@ -34,15 +37,42 @@ class VerdictSettings:
     mape_limit: float = 0.10
     """What BLIS's guide promises its users for requests."""
     attainable_slack: float = 1.3
-    """Where noise alone exceeds the limit no model can meet it: then the error may be this many times the attainable."""
+    """Where noise alone exceeds the limit no model can meet it: then the error may be this many times the attainable. The
+    attainable is taken at the noise of the noisiest donor where the target's is larger, since a fit that misses its own rows takes
+    the misfit for noise."""
+    rmse_limit_s: float | None = None
+    """Limit of the root mean squared error in seconds; none by default, since it depends on the use."""
     min_probability: float = 0.9
-    """Probability that the held-out MAPE is below the limit, by block bootstrap, for an accept."""
+    """Probability that the held-out error is below the limit, by block bootstrap, for an accept."""
     min_coverage: float = 0.85
-    """Below this, 95 % intervals are not to be trusted: the error is not only large but unannounced."""
-    conflict_z: float = 4.0
-    """A coefficient this many group sds from the population is no member of it: about 1 in 16,000 by chance."""
+    """Below this share of rows, 95 % intervals are not to be trusted: the error is not only large but unannounced."""
+    coverage_level: float = 0.01
+    """The blocks inside their intervals must be no fewer than 95 % intervals explain at this level (binomial): with few blocks one
+    miss is no evidence."""
+    conflict_level: float = 0.001
+    """Probability of so unusual a member of the population below which the target is called unlike the donors."""
+    max_mean_uncertainty: float = 0.10
+    """Relative sd of the expected value, median over the held-out rows, above which the calibration does not reach the traffic
+    asked about: as much as the whole error may be."""
     bootstrap: int = 1000
     """Block bootstrap resamples: Monte Carlo error of a probability below 0.016."""
+
+    def __post_init__(self) -> None:
+        """Refuse settings that cannot be met or mean nothing.
+
+        Raises
+        ------
+        InputError
+            Names the setting, what was found and what is accepted.
+        """
+        for name in ("min_probability", "min_coverage", "coverage_level", "conflict_level"):
+            if not 0 < getattr(self, name) < 1:
+                raise InputError(f"{name} must lie between 0 and 1, found {getattr(self, name)}")
+        for name in ("mape_limit", "attainable_slack", "max_mean_uncertainty", "bootstrap"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise InputError(f"{name} must be a positive number, found {getattr(self, name)}")
+        if self.rmse_limit_s is not None and not 0 < self.rmse_limit_s < float("inf"):
+            raise InputError(f"rmse_limit_s must be a positive number of seconds, found {self.rmse_limit_s}")
 
 
 @dataclass(frozen=True)
@@ -92,30 +122,23 @@ class Verdict:
         }
 
 
-def probability_below(held_out: HeldOut, limit: float, resamples: int, seed: int) -> float:
-    """Return the probability that the MAPE is below `limit`, by a bootstrap of whole time blocks within regimes."""
+def probability_below(held_out: HeldOut, limit: float, resamples: int, seed: int, *, rmse: bool = False) -> float:
+    """Return the probability that the MAPE (or the RMSE in seconds) is below `limit`.
+
+    By a bootstrap of whole time blocks within regimes, since rows of one block share the machine's speed.
+    """
     rng = np.random.default_rng(seed)
     errors = np.zeros(resamples)
     rows = np.zeros(resamples)
     for _, own in held_out.block_errors.groupby("regime"):
         index = rng.integers(0, len(own), size=(resamples, len(own)))
-        errors += own["error"].to_numpy()[index].sum(axis=1)
-        rows += own["rows"].to_numpy()[index].sum(axis=1)
+        errors += own["squared" if rmse else "error"].to_numpy()[index].sum(axis=1)
+        rows += own["size" if rmse else "rows"].to_numpy()[index].sum(axis=1)
     usable = rows > 0
-    return float(np.mean(errors[usable] / rows[usable] < limit)) if usable.any() else 0.0
-
-
-def deviation_z(posterior: LatencyPosterior, config_id: str) -> pd.Series:
-    """Return how far each coefficient lies from the population, in group sds: posterior mean of |theta - A phi| / (tau scale).
-
-    The scale includes the posterior sd of the difference, so that a coefficient nobody informed cannot stand out.
-    """
-    configuration = posterior.configuration(config_id)
-    c = posterior.config_ids.index(config_id)
-    difference = posterior.draws_of("theta")[:, c] - posterior.population_draws(configuration)
-    tau = np.median(posterior.deviation_sd(configuration), axis=0)
-    z = np.abs(difference.mean(axis=0)) / np.hypot(tau, difference.std(axis=0))
-    return pd.Series(z, index=list(posterior.feature_set.coef_names))
+    if not usable.any():
+        return 0.0
+    score = errors[usable] / rows[usable]
+    return float(np.mean((np.sqrt(score) if rmse else score) < limit))
 
 
 def verdict(
@@ -154,10 +177,12 @@ def verdict(
         )
     held_out = evaluate(posterior, held_out_rows, configuration, block_length=block_length, seed=seed)
     convergence = posterior.convergence()
-    limit = max(settings.mape_limit, settings.attainable_slack * held_out.attainable_mape)
+    own_sd = error_sd(posterior, configuration.config_id)
+    donor_sd = max((error_sd(posterior, d) for d in posterior.donors), default=own_sd)
+    limit = max(settings.mape_limit, settings.attainable_slack * attainable_mape(min(own_sd, donor_sd)))
     probability = probability_below(held_out, limit, settings.bootstrap, seed)
-    z = deviation_z(posterior, configuration.config_id)
-    covered = min(held_out.coverage, held_out.block_coverage) >= settings.min_coverage
+    inside, blocks = int(held_out.block_errors["inside"].sum()), held_out.blocks
+    chance = float(binom.cdf(inside, blocks, 0.95))
     checks = [
         Check("convergence", convergence.passed, str(convergence)),
         Check(
@@ -168,15 +193,29 @@ def verdict(
         ),
         Check(
             "coverage",
-            covered,
-            f"95 % intervals hold {held_out.coverage:.1%} of rows and {held_out.block_coverage:.1%} of block means",
+            held_out.coverage >= settings.min_coverage and chance >= settings.coverage_level,
+            f"95 % intervals hold {held_out.coverage:.1%} of rows and {inside} of {blocks} block means (chance {chance:.2g})",
         ),
         Check(
-            "kinship with the donors",
-            bool(z.max() < settings.conflict_z),
-            f"{z.idxmax()} lies {z.max():.1f} group sds from the population, the most of all coefficients",
+            "reach of the calibration",
+            held_out.mean_uncertainty <= settings.max_mean_uncertainty,
+            f"the coefficients leave the expected value open by {held_out.mean_uncertainty:.1%} (sd, median over rows)",
         ),
     ]
+    if settings.rmse_limit_s is not None:
+        below = probability_below(held_out, settings.rmse_limit_s, settings.bootstrap, seed, rmse=True)
+        message = f"held-out RMSE {held_out.rmse_s:.3g} s, P(below {settings.rmse_limit_s:.3g} s) = {below:.2f}"
+        checks.append(Check("rmse", below >= settings.min_probability, message))
+    if posterior.target == configuration.config_id and posterior.donors:
+        conflict = population_conflict(posterior)
+        message = (
+            f"a member of the donors' population would look as unusual with probability {conflict.p_value:.2g}; "
+            f"{conflict.coefficient} stands out most, by {conflict.z:.1f} sds"
+        )
+        checks.append(Check("kinship with the donors", conflict.p_value >= settings.conflict_level, message))
+        spread = float(np.quantile(_population_error_sd(posterior, seed), 0.975))
+        message = f"relative error sd {own_sd:.1%}; 97.5 % of the donors' population lie below {spread:.1%}"
+        checks.append(Check("noise like the donors'", own_sd <= spread, message))
     in_sample = None
     if calibration_rows is not None and len(calibration_rows):
         in_sample = evaluate(posterior, calibration_rows, configuration, block_length=block_length, seed=seed)
@@ -198,11 +237,14 @@ def _decide(
 ) -> tuple[Outcome, str]:
     passed = {c.name: c.passed for c in checks}
     worst = held_out.by_regime["mape"].idxmax()
+    kin = passed.get("kinship with the donors", True)
     if not passed["convergence"]:
         return Outcome.SAMPLE_AGAIN, "Sample again with more tuning draws; nothing may be concluded from these."
-    if passed["accuracy"] and passed["coverage"]:
-        return Outcome.ACCEPT, "The coefficients may be used for traffic like the held-out regimes."
-    if not passed["kinship with the donors"]:
+    if passed["accuracy"] and passed["coverage"] and passed["reach of the calibration"] and passed.get("rmse", True):
+        said = "The coefficients may be used for traffic like the held-out regimes."
+        aside = " They differ from the donors', so these donors would predict this configuration badly without its own rows."
+        return Outcome.ACCEPT, said if kin else said + aside
+    if not kin:
         return (
             Outcome.RETRAIN_AS_DONOR,
             "This configuration is unlike the donors: trace it richly and make it a donor itself.",
@@ -215,6 +257,17 @@ def _decide(
     rows = next(s.rows for s in posterior.statistics if s.config_id == config_id)
     return (
         Outcome.COLLECT_MORE,
-        f"Calibrate on traffic like {worst!r}, where the error is largest ({held_out.by_regime.loc[worst, 'mape']:.1%}): "
+        f"Calibrate on traffic like {worst!r}, where the error is largest ({float(held_out.by_regime['mape'].max()):.1%}): "
         f"as many rows again ({rows}) from there.",
     )
+
+
+def _population_error_sd(posterior: LatencyPosterior, seed: int) -> NDArray[np.float64]:
+    """Return draws of the relative error sd, noise and drift together, of a new configuration, shape (S,)."""
+    rng = np.random.default_rng([seed, 4])
+
+    def drawn(name: str) -> NDArray[np.float64]:
+        spread = posterior.draws_of(f"{name}_spread")
+        return np.asarray(posterior.draws_of(f"{name}_typical") * np.exp(spread * rng.standard_normal(len(spread))))
+
+    return np.hypot(drawn("sigma"), drawn("omega"))
