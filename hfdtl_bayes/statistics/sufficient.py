@@ -33,6 +33,9 @@ something that changes slowly (batch size, context) takes drift for its own effe
 _SMALLEST_NOISE = 1e-6
 """Relative noise below which rows are taken to be free of it."""
 
+_DEPENDENT = 1e-9
+"""Part of a column, relative to its length, below which it is rounding error: it would be worth nothing as information."""
+
 
 @dataclass(frozen=True)
 class Stratum:
@@ -59,7 +62,11 @@ class Stratum:
 
 
 def triangle_of(rows: FloatArray) -> FloatArray:
-    """Return R of the QR factorisation of `rows`, with a non-negative diagonal so that it is unique.
+    """Return the R of the QR factorisation of `rows` that is unique: diagonal not negative, dependent columns without a row.
+
+    The scaled columns times the pilot are 1 in every row, so within blocks one column always depends on the others. Its
+    diagonal would be rounding error and its row arbitrary; here its row is zero and what else it held goes to the rows
+    below, so that the same rows in any order or chunks give the same factor.
 
     Parameters
     ----------
@@ -68,10 +75,22 @@ def triangle_of(rows: FloatArray) -> FloatArray:
     Returns
     -------
     ndarray, shape (min(n, p), p)
+        Row j belongs to column j; with fewer rows than columns, the rows of the independent columns come first.
     """
-    r = np.linalg.qr(rows, mode="r")
-    sign = np.where(np.diag(r[:, : r.shape[0]]) < 0, -1.0, 1.0)
-    return np.asarray(sign[:, None] * r)
+    left = np.linalg.qr(rows, mode="r")
+    n, p = left.shape
+    smallest = _DEPENDENT * np.linalg.norm(left, axis=0)
+    triangle, at = np.zeros((n, p)), 0
+    for j in range(p):
+        if not len(left):
+            break
+        if abs(left[0, j]) > smallest[j]:
+            triangle[at if n < p else j, j:] = left[0, j:] * np.sign(left[0, j])
+            left, at = left[1:], at + 1
+        elif j + 1 < p:
+            rest = np.linalg.qr(left[:, j + 1 :], mode="r")
+            left = np.hstack([np.zeros((len(rest), j + 1)), rest])
+    return triangle
 
 
 @dataclass(frozen=True)
@@ -172,18 +191,18 @@ def split_blocks(rows: FloatArray, blocks: NDArray[np.int64]) -> list[tuple[int,
     list of (multiplier, rows)
         The contrasts under multiplier 0 and the totals under their block size; empty ones left out.
     """
-    n = len(rows)
     starts = np.flatnonzero(np.r_[True, blocks[1:] != blocks[:-1]])
-    sizes = np.diff(np.r_[starts, n])
-    position = np.arange(n) - np.repeat(starts, sizes)
-    cumulative = np.vstack([np.zeros(rows.shape[1]), np.cumsum(rows, axis=0)])
-    before = cumulative[:-1] - np.repeat(cumulative[starts], sizes, axis=0)
-    later = position > 0
-    j = position[later][:, None].astype(float)
-    out = [(0, (before[later] / j - rows[later]) * np.sqrt(j / (j + 1)))]
-    totals = (cumulative[starts + sizes] - cumulative[starts]) / np.sqrt(sizes)[:, None]
-    out += [(int(m), totals[sizes == m]) for m in np.unique(sizes)]
-    return [(m, r) for m, r in out if len(r)]
+    sizes = np.diff(np.r_[starts, len(rows)])
+    contrasts, totals = [], []
+    # Sums run within blocks only: along a long recording they would lose digits.
+    for m in np.unique(sizes):
+        own = rows[starts[sizes == m][:, None] + np.arange(m)]
+        sums = np.cumsum(own, axis=1)
+        totals.append((int(m), sums[:, -1] / np.sqrt(m)))
+        j = np.arange(1.0, m)[:, None]
+        contrasts.append(((sums[:, :-1] / j - own[:, 1:]) * np.sqrt(j / (j + 1))).reshape(-1, rows.shape[1]))
+    within = np.vstack(contrasts)
+    return [(0, within), *totals] if len(within) else totals
 
 
 def statistics_from_rows(
@@ -215,7 +234,7 @@ def statistics_from_rows(
     Raises
     ------
     StatisticsError
-        If there are no rows, or a value is not finite.
+        If there are no rows, a value is not finite, or the pilot is not K finite numbers.
     InputError
         If a column is missing.
     """
@@ -223,13 +242,19 @@ def statistics_from_rows(
         raise StatisticsError(f"configuration {configuration.config_id!r}: no rows to fit; give at least one")
     design = feature_set.design(frame, configuration)
     observed = response(frame, feature_set.quantity)
-    if not np.isfinite(observed).all():
+    finite = np.isfinite(observed)
+    if not finite.all():
         raise StatisticsError(
-            f"configuration {configuration.config_id!r}: {feature_set.quantity} is not finite in "
-            f"{int((~np.isfinite(observed)).sum())} of {len(frame)} rows; drop unfinished requests first"
+            f"configuration {configuration.config_id!r}: {feature_set.quantity} is not finite in {int((~finite).sum())} of "
+            f"{len(frame)} rows, the first is row {int(np.argmin(finite))}; drop unfinished requests and damaged rows first"
         )
     floor = feature_set.noise_floor(configuration)
     coefficients = pilot_coefficients(design, observed, feature_set, configuration) if pilot is None else np.asarray(pilot, float)
+    if coefficients.shape != (design.shape[1],) or not np.isfinite(coefficients).all():
+        raise StatisticsError(
+            f"configuration {configuration.config_id!r}: the pilot must be {design.shape[1]} finite coefficients "
+            f"({', '.join(feature_set.coef_names)}), found {coefficients}; take it from earlier statistics of this configuration"
+        )
     scale = row_scale(design, coefficients, floor)
     scaled = np.column_stack([design, observed]) / scale[:, None]
     blocks = time_blocks(frame, block_length)
