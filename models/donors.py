@@ -24,7 +24,7 @@ def main() -> None:
     parser.add_argument("--donors", default=",".join(DONORS), help="config_ids, separated by commas [%(default)s]")
     parser.add_argument("--features", default="roofline", help="feature set [%(default)s]")
     parser.add_argument("--out", type=Path, default=Path("reports/donors"), help="folder to write into [%(default)s]")
-    parser.add_argument("--draws", type=int, default=1000, help="draws per chain, as many again to tune [%(default)s]")
+    parser.add_argument("--draws", type=int, default=500, help="draws per chain, as many again to tune [%(default)s]")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
 

@@ -49,10 +49,10 @@ def main() -> None:
     parser.add_argument("--target", default=TARGET, help="config_id of the target [%(default)s]")
     parser.add_argument("--regimes", default="calib", help="regimes to calibrate on [%(default)s]")
     parser.add_argument("--out", type=Path, default=Path("reports/queue_delay"), help="folder to write into [%(default)s]")
-    parser.add_argument("--draws", type=int, default=1000, help="draws per chain, as many again to tune [%(default)s]")
+    parser.add_argument("--draws", type=int, default=1500, help="draws per chain, as many again to tune [%(default)s]")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    settings = hb.SamplerSettings(draws=arguments.draws, tune=arguments.draws, target_accept=0.99)
+    settings = hb.SamplerSettings(draws=arguments.draws, tune=arguments.draws)
     store = hb.TraceStore(arguments.store)
     configuration = store.configuration(arguments.target)
 

@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("--regimes", default="calib,load0.15,load0.5", help="regimes to calibrate on [%(default)s]")
     parser.add_argument("--max-rows", type=int, default=300, help="first rows of them to use [%(default)s]")
     parser.add_argument("--out", type=Path, default=Path("reports/target"), help="folder to write into [%(default)s]")
-    parser.add_argument("--draws", type=int, default=1000, help="draws per chain, as many again to tune [%(default)s]")
+    parser.add_argument("--draws", type=int, default=500, help="draws per chain, as many again to tune [%(default)s]")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     settings = hb.SamplerSettings(draws=arguments.draws, tune=arguments.draws)

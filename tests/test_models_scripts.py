@@ -1,0 +1,73 @@
+"""The scripts of models/: each runs on the embedded sample from a clone, writes what it says, and stays short."""
+
+from __future__ import annotations
+
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import yaml
+
+from hfdtl_bayes.model import LatencyPosterior
+from hfdtl_bayes.sample import DONORS, TARGET
+
+MODELS = Path(__file__).resolve().parents[1] / "models"
+SCRIPTS = sorted(p.name for p in MODELS.glob("*.py"))
+
+
+def tell(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], script: str, *words: object) -> str:
+    """Run a script as a user would, in this process; returns what it prints."""
+    monkeypatch.setattr(sys, "argv", [script, *map(str, words)])
+    runpy.run_path(str(MODELS / script), run_name="__main__")
+    return capsys.readouterr().out
+
+
+def test_the_three_stories_are_there():
+    assert {"donors.py", "target.py", "queue_delay.py"} <= set(SCRIPTS)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_story_is_short_and_explains_itself(script: str):
+    assert len((MODELS / script).read_text().splitlines()) < 100
+    ran = subprocess.run([sys.executable, MODELS / script, "--help"], capture_output=True, text=True, check=True)
+    for option in ("--donors", "--out", "--draws", "--seed"):
+        assert option in ran.stdout
+    assert f"python models/{script}" in ran.stdout
+
+
+def test_donors_then_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    said = tell(monkeypatch, capsys, "donors.py", "--out", tmp_path / "donors", "--draws", 100)
+    saved = LatencyPosterior.load(tmp_path / "donors" / "posterior.nc")
+    assert saved.donors == DONORS
+    for feature in saved.feature_set.features:
+        assert feature.prior_sentence() in said
+    table = pd.read_csv(tmp_path / "donors" / "coefficients.csv")
+    assert set(table["config"]) == {"population", *DONORS}
+
+    words = ("--posterior", tmp_path / "donors" / "posterior.nc", "--out", tmp_path / "target", "--draws", 100)
+    said = tell(monkeypatch, capsys, "target.py", *words)
+    target = LatencyPosterior.load(tmp_path / "target" / "posterior.nc")
+    assert target.target == TARGET
+    assert len(target.calibration_rows) == 300
+    assert "zero-shot:" in said
+    assert "calibrated on 300 rows" in said
+    assert f"{TARGET}: " in said
+    coefficients = yaml.safe_load((tmp_path / "target" / "blis.yaml").read_text())["trained_physics_coefficients"]
+    assert ",".join(str(v) for v in coefficients["alpha_coeffs"]) in said
+
+
+def test_queue_delay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    said = tell(monkeypatch, capsys, "queue_delay.py", "--out", tmp_path, "--draws", 50)
+    for quantity in ("queue_delay", "api_delay"):
+        saved = LatencyPosterior.load(tmp_path / f"{quantity}.nc")
+        assert saved.feature_set.quantity == quantity
+        assert saved.target == TARGET
+    # 117 of the target's requests find no slot, 16 of them in the regime calibrated on.
+    assert "35% of 331 requests find no free slot; that tells who waits longer than a step (28 ms) in 100.0% of cases" in said
+    assert "of 101 requests" in said
+    waiting = LatencyPosterior.load(tmp_path / "queue_delay.nc")
+    depth = waiting.coefficient_table().query("config == @TARGET and feature == 'queue_depth'")
+    assert (depth["q2.5"] > 0).all()
