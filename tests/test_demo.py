@@ -81,7 +81,7 @@ def test_results_are_the_result(demo: DemoResult, results: dict) -> None:
     }  # fmt: skip
     assert results["donors"] == list(DONORS)
     assert results["target"] == TARGET
-    assert list(results["seconds"]) == ["import", "read", "compile, fit donors", "calibrate", "evaluate", "export", "figures"]
+    assert list(results["seconds"]) == ["import", "read", "fit donors", "calibrate", "evaluate", "export", "figures"]
     assert all(s >= 0 for s in results["seconds"].values())
 
 

@@ -190,7 +190,7 @@ def run_demo(out: Path, *, seed: int = 0, show_progress: bool = True, settings: 
         rows = {c: usable_rows(read_trace(store, c, "step_time").frame, "step_time") for c in (*DONORS, TARGET)}
         configuration = store.configuration(TARGET)
         requests = store.requests(TARGET).frame
-    with clock.stage("compile, fit donors", "fitting three donors; the first run ever compiles the model, about half a minute"):
+    with clock.stage("fit donors", "fitting three donors"):
         donors = fit_donors(store, DONORS, settings=settings, seed=seed, show_progress=show_progress)
     recording = rows[TARGET]
     low_load = recording[recording["regime"].isin(CALIBRATION_REGIMES)].iloc[:CALIBRATION_ROWS]

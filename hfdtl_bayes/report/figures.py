@@ -19,7 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from hfdtl_bayes.configuration import ServingConfiguration
 from hfdtl_bayes.features import operating_points
@@ -152,10 +152,15 @@ def block_mean_figure(
             _intervals(axes, at, seen[1], "blue", 0.5, 0.35)
             _measured(axes, at, seen[0])
             groups = [("calibrated on these", 0, len(at)), *groups]
-        top = 1.12 * max(
-            float(measured["observed_s"].max()), float(own["q97.5_s"].max()), float(np.quantile(donors["q97.5_s"], 0.9))
-        )
-        axes.set_ylim(0, 1e3 * top)
+        # Logarithmic: errors are relative, and one block with a long prefill would flatten all others.
+        shown = measured if seen is None else pd.concat([measured, seen[0]])
+        bottom = 0.7 * float(shown["observed_s"].min())
+        top = 1.3 * max(float(shown["observed_s"].max()), float(own["q97.5_s"].max()))
+        axes.set_yscale("log")
+        axes.set_ylim(1e3 * bottom, 1e3 * top)
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
         axes.set_xlim(-0.75, offset + len(measured) - 0.25)
         for name, start, stop in groups:
             if start > 0:
@@ -178,7 +183,7 @@ def block_mean_figure(
 
 
 def _intervals(axes: Axes, x: np.ndarray, means: pd.DataFrame, colour: str, width: float, alpha: float) -> None:
-    low, high = means["q2.5_s"].clip(lower=0) * 1e3, means["q97.5_s"] * 1e3
+    low, high = means["q2.5_s"].clip(lower=1e-6) * 1e3, means["q97.5_s"] * 1e3
     axes.bar(x, high - low, width, bottom=low, color=PALETTE[colour], alpha=alpha, linewidth=0)
     axes.hlines(means["mean_s"] * 1e3, x - width / 2, x + width / 2, color=PALETTE[colour], linewidth=1.4)
 
