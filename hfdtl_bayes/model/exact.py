@@ -27,6 +27,7 @@ from dataclasses import dataclass
 import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
+from scipy.special import expit, log_expit
 
 from hfdtl_bayes.configuration import ServingConfiguration
 from hfdtl_bayes.features import FeatureSet
@@ -188,11 +189,17 @@ class ExactDensity:
         columns = [np.log(tau), np.log(share / (1 - share))[:, None], np.log(sigma), np.log(omega)]
         return np.concatenate([*columns, *(np.log(p)[:, None] for p in populations)], axis=1)
 
-    def _solve(self, tau: FloatArray, share: FloatArray, sigma: FloatArray, omega: FloatArray) -> _Solved:
+    def _sds(self, log_tau: FloatArray, logit: FloatArray) -> tuple[FloatArray, FloatArray]:
+        """Return the sds of a configuration's own deviations and of those of its hardware, (..., K).
+
+        The parts of the variance are taken from the log odds: 1 - share would be zero long before the own part is.
+        """
+        total = np.exp(log_tau) * self.scale
+        own = np.exp(0.5 * log_expit(-logit))[..., None] * total
+        return own, np.exp(0.5 * log_expit(logit))[..., None] * total
+
+    def _solve(self, own_sd: FloatArray, shared_sd: FloatArray, sigma: FloatArray, omega: FloatArray) -> _Solved:
         k, identity = self.count_coef, self._identity
-        total = tau * self.scale
-        own_sd = np.sqrt(1 - share)[..., None] * total
-        shared_sd = np.sqrt(share)[..., None] * total
         variance = sigma[..., None] ** 2 + self.info.multiplier * omega[..., None] ** 2
         weight = 1.0 / variance
         gram = (weight[..., None, :] @ self._flat_gram)[..., 0, :].reshape(*weight.shape[:-1], k, k)
@@ -257,11 +264,9 @@ class ExactDensity:
         gradient : ndarray, shape (size,)
         """
         log_tau, logit, log_sigma, log_omega, *populations = self.split(x)
-        tau, sigma, omega = np.exp(log_tau), np.exp(log_sigma), np.exp(log_omega)
-        share = 1.0 / (1.0 + np.exp(-logit))
-        s = self._solve(tau, np.asarray(share), sigma, omega)
-        total = tau * self.scale
-        own_sd, shared_sd = np.sqrt(1 - share) * total, np.sqrt(share) * total
+        sigma, omega = np.exp(log_sigma), np.exp(log_omega)
+        own_sd, shared_sd = self._sds(log_tau, logit)
+        s = self._solve(own_sd, shared_sd, sigma, omega)
         xi, omega_map = s.population_mean, s.hardware_map
         effect = s.hardware_target - omega_map @ xi
         effect_covariance = s.hardware_inverse + omega_map @ s.population_inverse @ _t(omega_map)
@@ -287,8 +292,8 @@ class ExactDensity:
         counts = self.count_config + len(self.membership)
         gradient_tau = own_square + shared_square - counts
         k = self.count_coef
-        gradient_logit = 0.5 * (1 - share) * (shared_square.sum() - k * len(self.membership))
-        gradient_logit -= 0.5 * share * (own_square.sum() - k * self.count_config)
+        gradient_logit = 0.5 * expit(-logit) * (shared_square.sum() - k * len(self.membership))
+        gradient_logit -= 0.5 * expit(logit) * (own_square.sum() - k * self.count_config)
         value, prior = self._log_prior(log_tau, logit, log_sigma, log_omega, populations)
         gradient = np.concatenate([gradient_tau, [gradient_logit], gradient_sigma, gradient_omega, np.zeros(4)])
         return float(s.log_density + value), gradient + prior
@@ -299,9 +304,8 @@ class ExactDensity:
         """Return the log prior density of the unconstrained coordinates and its gradient."""
         p = self.priors
         z = (log_tau - p.deviation.log_mean) / p.deviation.log_sd
-        share = 1.0 / (1.0 + np.exp(-logit))
-        value = -0.5 * float(z @ z) + p.hardware_share * float(np.log(share) + np.log1p(-share))
-        parts = [-z / p.deviation.log_sd, [p.hardware_share * (1 - 2 * share)]]
+        value = -0.5 * float(z @ z) + p.hardware_share * float(log_expit(logit) + log_expit(-logit))
+        parts = [-z / p.deviation.log_sd, [p.hardware_share * (1 - 2 * expit(logit))]]
         tails: list[float] = []
         for logs, typical, log_spread, prior, spread_prior in (
             (log_sigma, populations[0], populations[1], p.noise, p.noise_spread),
@@ -371,11 +375,9 @@ class ExactDensity:
             Every variable of the PyMC model by name, leading dimension S; `population` is (beta, gamma, delta) concatenated.
         """
         log_tau, logit, log_sigma, log_omega, *populations = self.split(x)
-        tau, share = np.exp(log_tau), 1.0 / (1.0 + np.exp(-logit))
         sigma, omega = np.exp(log_sigma), np.exp(log_omega)
-        s = self._solve(tau, share, sigma, omega)
-        total = tau * self.scale
-        own_sd, shared_sd = np.sqrt(1 - share)[:, None] * total, np.sqrt(share)[:, None] * total
+        own_sd, shared_sd = self._sds(log_tau, logit)
+        s = self._solve(own_sd, shared_sd, sigma, omega)
 
         def normal(covariance: FloatArray) -> FloatArray:
             factor = np.linalg.cholesky(0.5 * (covariance + _t(covariance)))
@@ -390,8 +392,8 @@ class ExactDensity:
         theta = self.info.reference + self.offset + centre + own_sd[:, None, :] * eta
         return {
             "population": self.mean + self.sd * xi,
-            "tau": tau,
-            "hardware_share": share,
+            "tau": np.exp(log_tau),
+            "hardware_share": expit(logit),
             "hardware_effect_z": effect,
             "hardware_effect": hardware,
             "theta": theta,
