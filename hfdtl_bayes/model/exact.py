@@ -49,7 +49,7 @@ def _t(matrix: FloatArray) -> FloatArray:
 
 @dataclass(frozen=True)
 class Information:
-    """The statistics of C configurations as Gram matrices per stratum, around a least-squares fit of each.
+    """The statistics of C configurations as Gram matrices per stratum, around a first fit of each.
 
     Attributes
     ----------
@@ -62,7 +62,9 @@ class Information:
     count, multiplier : ndarray, shape (C, J)
         Rows of each stratum and their drift multiplier.
     reference : ndarray, shape (C, K)
-        Least-squares coefficients that `target` and `square` are taken around, so that nothing cancels.
+        Coefficients that `target` and `square` are taken around, so that nothing cancels: a least-squares fit drawn to the prior
+        as far as the rows are silent. Without the prior, nearly collinear columns get huge opposite coefficients, and the
+        log density loses all its digits.
     """
 
     gram: FloatArray
@@ -73,8 +75,19 @@ class Information:
     reference: FloatArray
 
 
-def information(statistics: Sequence[ConfigStatistics]) -> Information:
-    """Compute the Gram matrices of several configurations."""
+def information(
+    statistics: Sequence[ConfigStatistics], centre: FloatArray, size: FloatArray, errors: Sequence[tuple[float, float]]
+) -> Information:
+    """Compute the Gram matrices of several configurations.
+
+    Parameters
+    ----------
+    statistics : sequence of ConfigStatistics
+    centre, size : ndarray, shape (C, K)
+        Prior mean of each configuration's coefficients and how far they may lie from it.
+    errors : sequence of (sigma, omega)
+        Rough relative sds of noise and drift, to weigh rows against the prior.
+    """
     k = len(statistics[0].coef_names)
     width = max(len(s.strata) for s in statistics)
     shape = (len(statistics), width)
@@ -82,8 +95,10 @@ def information(statistics: Sequence[ConfigStatistics]) -> Information:
     square, count, multiplier = np.zeros(shape), np.zeros(shape), np.zeros(shape)
     reference = np.zeros((len(statistics), k))
     for c, own in enumerate(statistics):
-        stacked = np.vstack([s.triangle for s in own.strata])
-        reference[c] = np.linalg.lstsq(stacked[:, :k], stacked[:, k], rcond=1e-10)[0]
+        sigma, omega = errors[c]
+        weighed = [s.triangle / np.sqrt(sigma**2 + s.multiplier * omega**2) for s in own.strata]
+        stacked = np.vstack([*weighed, np.column_stack([np.diag(1 / size[c]), centre[c] / size[c]])])
+        reference[c] = np.linalg.lstsq(stacked[:, :k], stacked[:, k])[0]
         for j, stratum in enumerate(own.strata):
             design = stratum.triangle[:, :k]
             left = stratum.triangle[:, k] - design @ reference[c]
@@ -128,7 +143,6 @@ class ExactDensity:
 
     def __init__(self, statistics: Sequence[ConfigStatistics], feature_set: FeatureSet, priors: PriorSettings) -> None:
         self.priors = priors
-        self.info = information(statistics)
         self.scale = deviation_scale(feature_set)
         self.mean, self.sd = population_mean(feature_set), population_sd(feature_set)
         self.count_config, self.count_coef = len(statistics), len(self.scale)
@@ -145,14 +159,17 @@ class ExactDensity:
         if config:
             loading[:, base, base : base + config] = [s.config_row for s in statistics]
         self.loading = loading * self.sd
-        self.offset = loading @ self.mean - self.info.reference
+        centre = loading @ self.mean
+        size = np.hypot(np.sqrt((self.loading**2).sum(axis=2)), np.exp(priors.deviation.log_mean) * self.scale)
+        errors = [reference_errors(s, priors) for s in statistics]
+        self.info = information(statistics, centre, size, errors)
+        self.offset = centre - self.info.reference
         # Contractions over strata as plain matrix products: numpy's einsum costs more than the arithmetic here.
         self._flat_gram = self.info.gram.reshape(self.count_config, -1, self.count_coef**2)
         self._identity, self._population_identity = np.eye(self.count_coef), np.eye(len(self.mean))
-        self.start = self._start(statistics)
+        self.start = self._start(np.log(errors))
 
-    def _start(self, statistics: Sequence[ConfigStatistics]) -> FloatArray:
-        errors = np.log([reference_errors(s, self.priors) for s in statistics])
+    def _start(self, errors: FloatArray) -> FloatArray:
         typical = errors.mean(axis=0)
         p = self.priors
         return np.concatenate(
