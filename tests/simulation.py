@@ -152,10 +152,8 @@ def draw_parameters(
     effect_z = rng.standard_normal((len(names), k))
     effect = np.sqrt(share) * sd * effect_z
     phi = np.concatenate([beta, gamma, delta])
-    theta = [
-        loading(features, c) @ phi + effect[h] + rng.normal(0, np.sqrt(1 - share) * sd)
-        for c, h in zip(configurations, index, strict=True)
-    ]
+    own_sd = np.sqrt(1 - share) * sd
+    theta = [loading(features, c) @ phi + effect[h] + rng.normal(0, own_sd) for c, h in zip(configurations, index, strict=True)]
     out = {
         "beta": beta, "gamma": gamma, "delta": delta, "tau": tau, "hardware_share": np.array(share),
         "hardware_effect_z": effect_z, "hardware_effect": effect, "theta": np.array(theta),
@@ -255,9 +253,10 @@ class Dense:
     """All coefficients as one Gaussian vector and all rows as one multivariate normal, at given scales.
 
     Latent vector: population (beta, gamma, delta), then the effect of each hardware, then each configuration's own
-    coefficients theta.
+    coefficients theta; `make` builds it from independent normals.
     """
 
+    make: FloatArray
     latent_mean: FloatArray
     latent_covariance: FloatArray
     rows: FloatArray
@@ -309,7 +308,7 @@ def dense(data: Simulated, scales: Parameters) -> Dense:
     for e in errors:
         covariance[at : at + len(e), at : at + len(e)] = e
         at += len(e)
-    return Dense(make @ mean, make * variance @ make.T, np.vstack(pieces), np.concatenate(observed), covariance)
+    return Dense(make, make @ mean, make * variance @ make.T, np.vstack(pieces), np.concatenate(observed), covariance)
 
 
 def error_covariance(blocks: NDArray[np.int64], sigma: float, omega: float) -> FloatArray:

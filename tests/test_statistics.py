@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pandas as pd
@@ -67,7 +68,7 @@ def test_parts_merge_to_the_whole(cuts: tuple[int, ...]) -> None:
     frame = rows_of(3, 97)
     whole = reduce(frame)
     edges = [0, *cuts, 97]
-    parts = [reduce(frame.iloc[a:b], whole.pilot) for a, b in zip(edges, edges[1:], strict=False)]
+    parts = [reduce(frame.iloc[a:b], whole.pilot) for a, b in pairwise(edges)]
     forward = parts[0]
     for part in parts[1:]:
         forward = forward.merge(part)

@@ -1,0 +1,460 @@
+"""The exact engine's density and conditional draws against the same Gaussian written out in dense matrices."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from decimal import Decimal, localcontext
+from itertools import combinations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from scipy.special import betaln, expit, log_expit
+from scipy.stats import multivariate_normal, norm
+from simulation import PRIORS, THREE, TINY, Dense, Parameters, Simulated, configuration, dense, simulate
+
+from hfdtl_bayes.errors import InputError, StatisticsError
+from hfdtl_bayes.model import ExactDensity, PositiveRange, PriorSettings, SamplerSettings, sample_exact
+from hfdtl_bayes.model.layout import VARIABLE_DIMS
+from hfdtl_bayes.statistics import ConfigStatistics, Stratum
+
+FloatArray = NDArray[np.float64]
+
+PROBLEMS = {
+    "three configurations, two hardware": simulate(1),
+    "one configuration": simulate(2, THREE[:1], rows=(50,)),
+    "two configurations, one hardware": simulate(3, THREE[:2], rows=(30, 50)),
+    "three configurations, three hardware": simulate(4, [configuration(n, n) for n in ("L4", "H100", "A100")], rows=30),
+    "two rows": simulate(5, THREE[:1], rows=(2,)),
+    "fewer rows than coefficients beside many": simulate(6, rows=(1, 2, 90)),
+    "blocks of one row": simulate(7, rows=20, block=1),
+}
+
+
+def engine(data: Simulated, statistics: Sequence[ConfigStatistics] | None = None) -> ExactDensity:
+    return ExactDensity(data.statistics if statistics is None else statistics, data.features, data.priors)
+
+
+def scales_at(density: ExactDensity, x: FloatArray) -> Parameters:
+    log_tau, logit, log_sigma, log_omega, *_ = density.split(x)
+    return {"tau": np.exp(log_tau), "hardware_share": expit(logit), "sigma": np.exp(log_sigma), "omega": np.exp(log_omega)}
+
+
+def log_prior(density: ExactDensity, x: FloatArray, priors: PriorSettings) -> float:
+    """Log prior density of the unconstrained coordinates: normal logarithms, and a Beta in its log odds."""
+
+    def normal(value: FloatArray, r: PositiveRange) -> float:
+        low, high = np.log(r.low), np.log(r.high)
+        return float(norm.logpdf(value, (low + high) / 2, (high - low) / 2 / norm.ppf(0.95)).sum())
+
+    log_tau, logit, log_sigma, log_omega, sigma_typical, sigma_spread, omega_typical, omega_spread = density.split(x)
+    a = priors.hardware_share
+    value = normal(log_tau, priors.deviation) + a * (log_expit(logit) + log_expit(-logit)) - betaln(a, a)
+    value += normal(sigma_typical, priors.noise) + normal(sigma_spread, priors.noise_spread)
+    value += normal(omega_typical, priors.drift) + normal(omega_spread, priors.drift_spread)
+    value += norm.logpdf(log_sigma, sigma_typical, np.exp(sigma_spread)).sum()
+    return float(value + norm.logpdf(log_omega, omega_typical, np.exp(omega_spread)).sum())
+
+
+def points(density: ExactDensity, seed: int, count: int = 6, width: float = 0.8) -> list[FloatArray]:
+    rng = np.random.default_rng(seed)
+    return [density.start + width * rng.standard_normal(density.size) for _ in range(count)]
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_density_is_the_multivariate_normal_of_all_rows_times_the_prior(name: str) -> None:
+    data = PROBLEMS[name]
+    density = engine(data)
+    differences = []
+    for x in points(density, 10):
+        joint = dense(data, scales_at(density, x))
+        rows = multivariate_normal.logpdf(joint.observed, joint.mean, joint.covariance)
+        differences.append(density.log_density(x)[0] - rows - log_prior(density, x, data.priors))
+    np.testing.assert_allclose(differences, differences[0], rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_gradient_is_that_of_the_density(name: str) -> None:
+    density = engine(PROBLEMS[name])
+    for x in points(density, 11, count=3):
+        value, gradient = density.log_density(x)
+        step = 1e-4
+        rounding = 3e-5 + 20 * np.finfo(float).eps * abs(value) / step
+        for i in range(density.size):
+            high, low = x.copy(), x.copy()
+            high[i] += step
+            low[i] -= step
+            expected = (density.log_density(high)[0] - density.log_density(low)[0]) / (2 * step)
+            assert gradient[i] == pytest.approx(expected, rel=1e-5, abs=rounding), f"coordinate {i}"
+
+
+class Basis:
+    """Stands in for a generator: draw 0 gets zeros, draw 1 + i a one as its i-th normal, so that a linear map shows itself."""
+
+    def __init__(self) -> None:
+        self.used = 0
+
+    def standard_normal(self, shape: tuple[int, ...]) -> FloatArray:
+        size = int(np.prod(shape[1:]))
+        out = np.zeros((shape[0], size))
+        out[1 + self.used + np.arange(size), np.arange(size)] = 1.0
+        self.used += size
+        return out.reshape(shape)
+
+
+def drawn(density: ExactDensity, x: FloatArray, rng: np.random.Generator | Basis, count: int) -> FloatArray:
+    """Draws of (population, hardware effects, theta) as rows, in the order of `Dense`."""
+    values = density.draw(np.tile(x, (count, 1)), rng)  # type: ignore[arg-type]
+    return np.hstack([values[n].reshape(count, -1) for n in ("population", "hardware_effect", "theta")])
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_coefficients_have_their_exact_conditional_mean_and_covariance(name: str) -> None:
+    """A draw is mean + L eps; both are read off exactly and compared with the conditional of the dense Gaussian."""
+    data = PROBLEMS[name]
+    density = engine(data)
+    for x in points(density, 12, count=3):
+        joint = dense(data, scales_at(density, x))
+        mean, covariance = joint.conditional()
+        basis = Basis()
+        out = drawn(density, x, basis, 1 + len(mean))
+        assert basis.used == len(mean)
+        factor = out[1:] - out[0]
+        sd = np.sqrt(np.diag(covariance))
+        np.testing.assert_allclose((out[0] - mean) / sd, 0, atol=1e-6)
+        np.testing.assert_allclose(factor.T @ factor / np.outer(sd, sd), covariance / np.outer(sd, sd), atol=1e-6)
+
+
+def test_draws_with_a_real_generator_have_these_moments() -> None:
+    data = PROBLEMS["three configurations, two hardware"]
+    density = engine(data)
+    x, count = points(density, 13, count=1)[0], 20_000
+    mean, covariance = dense(data, scales_at(density, x)).conditional()
+    out = drawn(density, x, np.random.default_rng(14), count)
+    sd = np.sqrt(np.diag(covariance))
+    standard = (out - mean) / sd
+    assert np.abs(standard.mean(axis=0)).max() < 5 / np.sqrt(count)
+    assert np.abs(np.cov(standard.T) - covariance / np.outer(sd, sd)).max() < 5 * np.sqrt(2 / count)
+
+
+def test_the_effects_of_hardware_are_their_scores_times_their_sd() -> None:
+    data = PROBLEMS["three configurations, two hardware"]
+    density = engine(data)
+    x = np.array(points(density, 15))
+    values = density.draw(x, np.random.default_rng(0))
+    sd = np.sqrt(values["hardware_share"])[:, None] * values["tau"] * density.scale
+    np.testing.assert_allclose(values["hardware_effect"], sd[:, None] * values["hardware_effect_z"], rtol=1e-12)
+
+
+# --- Limits, against sixty digits. ---
+
+
+def decimals(values: FloatArray) -> NDArray[np.object_]:
+    return np.vectorize(Decimal, otypes=[object])(np.asarray(values, dtype=float))
+
+
+def marginal_in_sixty_digits(
+    data: Simulated,
+    statistics: Sequence[ConfigStatistics],
+    density: ExactDensity,
+    x: FloatArray,
+    move: tuple[int, str] = (0, "0"),
+) -> Decimal:
+    """Log density of the factors' rows with coefficients integrated out, by LDL' of their dense covariance; no 2 pi.
+
+    `move` adds to one coordinate in full precision.
+    """
+    with localcontext() as context:
+        context.prec = 60
+        full = decimals(x)
+        full[move[0]] += Decimal(move[1])
+        log_tau, log_odds, log_sigma, log_omega, *_ = density.split(full)
+        logit = log_odds.item()
+        share = 1 / (1 + (-logit).exp())
+        rest = 1 / (1 + logit.exp())
+        sd = np.array([v.exp() for v in log_tau]) * decimals(density.scale)
+        joint = dense(replace(data, frames=tuple(f.iloc[:1] for f in data.frames)), _UNIT | _ones(len(statistics), len(sd)))
+        count, k = len(statistics), len(sd)
+        hardware = len({c.hardware.name for c in data.configurations})
+        population = len(joint.latent_mean) - (hardware + count) * k
+        make = decimals(joint.make)
+        features = data.features
+        prior_sd = decimals(np.array([f.prior.sd for f in features.base + features.config + features.residual]))
+        variance = np.concatenate([prior_sd**2, np.tile(share * sd**2, hardware), np.tile(rest * sd**2, count)])
+        prior_mean = decimals(np.array([f.prior.mean for f in features.base + features.config + features.residual]))
+        mean = make[:, :population] @ prior_mean
+        covariance = (make * variance) @ make.T
+        designs, observed, errors = [], [], []
+        log_determinant = Decimal(0)
+        for c, own in enumerate(statistics):
+            for stratum in own.strata:
+                error = (2 * log_sigma[c]).exp() + stratum.multiplier * (2 * log_omega[c]).exp()
+                block = np.full((len(stratum.triangle), len(mean)), Decimal(0))
+                at = population + (hardware + c) * k
+                block[:, at : at + k] = decimals(stratum.triangle[:, :k])
+                designs.append(block)
+                observed.append(decimals(stratum.triangle[:, k]))
+                errors += [error] * len(stratum.triangle)
+                log_determinant += (stratum.count - len(stratum.triangle)) * error.ln()
+        design = np.vstack(designs)
+        left = np.concatenate(observed) - design @ mean
+        matrix = design @ covariance @ design.T
+        n = len(left)
+        matrix[np.arange(n), np.arange(n)] += np.array(errors)
+        square = Decimal(0)
+        for i in range(n):
+            pivot = matrix[i, i]
+            log_determinant += pivot.ln()
+            square += left[i] ** 2 / pivot
+            column = matrix[i + 1 :, i] / pivot
+            left[i + 1 :] -= column * left[i]
+            matrix[i + 1 :, i + 1 :] -= column[:, None] * matrix[i, i + 1 :][None, :]
+        return -(log_determinant + square) / 2
+
+
+_UNIT: Parameters = {"hardware_share": np.array(0.5)}
+
+
+def _ones(count: int, k: int) -> Parameters:
+    return {"tau": np.ones(k), "sigma": np.ones(count), "omega": np.ones(count)}
+
+
+def many_rows(statistics: Sequence[ConfigStatistics], factor: int) -> tuple[ConfigStatistics, ...]:
+    """The same rows `factor` times over."""
+    return tuple(
+        replace(
+            own,
+            rows=own.rows * factor,
+            strata=tuple(Stratum(s.multiplier, s.count * factor, s.triangle * np.sqrt(factor)) for s in own.strata),
+        )
+        for own in statistics
+    )
+
+
+def with_columns(statistics: Sequence[ConfigStatistics], change: FloatArray) -> tuple[ConfigStatistics, ...]:
+    """The statistics of the rows with their design multiplied by `change` from the right; their coefficients stay as they were.
+
+    y' = y + X (change - 1) t, with t of ordinary size.
+    """
+    full = np.eye(len(change) + 1)
+    full[:-1, :-1] = change
+    full[:-1, -1] = (change - np.eye(len(change))) @ np.array([1.1, 0.9, 1.6])
+    return tuple(
+        replace(own, strata=tuple(Stratum(s.multiplier, s.count, s.triangle @ full) for s in own.strata)) for own in statistics
+    )
+
+
+K = len(TINY.varying)
+TAU, SHARE = slice(0, K), K
+BASIC = PROBLEMS["three configurations, two hardware"]
+NO_DECODE = np.diag([1.0, 0.0, 1.0])
+
+
+def collinear(part: float) -> FloatArray:
+    """The second column becomes the first plus `part` of itself."""
+    return np.array([[1.0, 1.0, 0.0], [0.0, part, 0.0], [0.0, 0.0, 1.0]])
+
+
+def limit(name: str) -> tuple[Simulated, tuple[ConfigStatistics, ...], dict[int | slice, float]]:
+    basic = BASIC.statistics
+    return {
+        "tau of one in a million": (BASIC, basic, {TAU: np.log(1e-6)}),
+        "tau of one in a million, a million rows": (BASIC, many_rows(basic, 20_000), {TAU: np.log(1e-6)}),
+        "one tau tiny": (BASIC, basic, {1: np.log(1e-9)}),
+        "tau of a thousand": (BASIC, basic, {TAU: np.log(1e3)}),
+        "share near 0": (BASIC, basic, {SHARE: -40.0}),
+        "share near 1": (BASIC, basic, {SHARE: 40.0}),
+        "share as near 0 as numbers go": (BASIC, basic, {SHARE: -600.0}),
+        "share as near 1 as numbers go": (BASIC, basic, {SHARE: 600.0}),
+        "share near 1, a million rows": (BASIC, many_rows(basic, 20_000), {SHARE: 30.0}),
+        "a million rows": (BASIC, many_rows(basic, 20_000), {}),
+        "a million rows, little noise": (BASIC, many_rows(basic, 20_000), {slice(K + 1, K + 7): np.log(3e-3)}),
+        "a column of zeros": (BASIC, with_columns(basic, NO_DECODE), {}),
+        "nearly collinear": (BASIC, with_columns(basic, collinear(1e-5)), {}),
+        "very nearly collinear": (BASIC, with_columns(basic, collinear(1e-9)), {}),
+        "nearly collinear, a million rows": (BASIC, with_columns(many_rows(basic, 20_000), collinear(1e-5)), {}),
+        "very nearly collinear, a million rows": (BASIC, with_columns(many_rows(basic, 20_000), collinear(1e-9)), {}),
+        "a column of next to nothing": (BASIC, with_columns(basic, np.diag([1.0, 1e-9, 1.0])), {}),
+        "no drift": (BASIC, basic, {slice(K + 4, K + 7): np.log(1e-8)}),
+        "drift a thousand times the noise": (BASIC, basic, {slice(K + 1, K + 4): np.log(1e-3), slice(K + 4, K + 7): 0.0}),
+        "two rows": (PROBLEMS["two rows"], PROBLEMS["two rows"].statistics, {}),
+    }[name]
+
+
+LIMITS = (
+    "tau of one in a million",
+    "tau of one in a million, a million rows",
+    "one tau tiny",
+    "tau of a thousand",
+    "share near 0",
+    "share near 1",
+    "share as near 0 as numbers go",
+    "share as near 1 as numbers go",
+    "share near 1, a million rows",
+    "a million rows",
+    "a million rows, little noise",
+    "a column of zeros",
+    "a column of next to nothing",
+    "nearly collinear",
+    "very nearly collinear",
+    "nearly collinear, a million rows",
+    "very nearly collinear, a million rows",
+    "no drift",
+    "drift a thousand times the noise",
+    "two rows",
+)
+
+
+@pytest.mark.parametrize("name", LIMITS)
+def test_density_and_gradient_are_right_in_the_limits(name: str) -> None:
+    data, statistics, fixed = limit(name)
+    density = engine(data, statistics)
+    values, expected, last = [], [], np.zeros(0)
+    for x in points(density, 16, count=2, width=0.3):
+        for where, value in fixed.items():
+            x[where] = value
+        value, gradient = density.log_density(x)
+        assert np.isfinite(value)
+        assert np.isfinite(gradient).all()
+        values.append(value - log_prior(density, x, data.priors))
+        expected.append(float(marginal_in_sixty_digits(data, statistics, density, x)))
+        last = x
+    # The prior's constants differ from those of the engine by one number, that of any other problem of this size.
+    constant = prior_constant(density, data.priors)
+    np.testing.assert_allclose(np.array(values) - constant, expected, rtol=1e-10, atol=1e-5)
+    _, gradient = density.log_density(last)
+    prior_gradient = prior_slope(density, last, data.priors)
+    step = "1e-12"
+    with localcontext() as context:
+        context.prec = 60
+        slope = [
+            float(
+                (
+                    marginal_in_sixty_digits(data, statistics, density, last, (i, step))
+                    - marginal_in_sixty_digits(data, statistics, density, last, (i, "-" + step))
+                )
+                / (2 * Decimal(step))
+            )
+            for i in range(density.size - 4)
+        ]
+    np.testing.assert_allclose((gradient - prior_gradient)[:-4], slope, rtol=1e-5, atol=1e-3)
+
+
+def prior_constant(density: ExactDensity, priors: PriorSettings) -> float:
+    """The engine leaves out the normalising constants of the prior."""
+    a, half = priors.hardware_share, 0.5 * np.log(2 * np.pi)
+    sds = [priors.deviation.log_sd] * density.count_coef
+    sds += [priors.noise.log_sd, priors.noise_spread.log_sd, priors.drift.log_sd, priors.drift_spread.log_sd]
+    return float(np.log(sds).sum() + len(sds) * half + betaln(a, a) + 2 * density.count_config * half)
+
+
+def prior_slope(density: ExactDensity, x: FloatArray, priors: PriorSettings) -> FloatArray:
+    step = 1e-4
+    out = np.zeros(density.size)
+    for i in range(density.size):
+        high, low = x.copy(), x.copy()
+        high[i] += step
+        low[i] -= step
+        out[i] = (log_prior(density, high, priors) - log_prior(density, low, priors)) / (2 * step)
+    return out
+
+
+@pytest.mark.parametrize("name", LIMITS)
+def test_draws_are_finite_in_the_limits(name: str) -> None:
+    data, statistics, fixed = limit(name)
+    density = engine(data, statistics)
+    x = np.array(points(density, 17, count=50, width=0.3))
+    for where, value in fixed.items():
+        x[:, where] = value
+    for variable, values in density.draw(x, np.random.default_rng(18)).items():
+        assert np.isfinite(values).all(), variable
+
+
+def test_a_silent_column_leaves_its_coefficient_to_the_prior() -> None:
+    """With no row that has decode tokens, the population's coefficient of them has its prior mean and sd."""
+    density = engine(BASIC, with_columns(BASIC.statistics, NO_DECODE))
+    x = density.start
+    out = drawn(density, x, Basis(), 1 + 4 + 6 + 9)
+    decode = TINY["decode"].prior
+    assert out[0, 1] == pytest.approx(decode.mean, rel=1e-9)
+    assert np.linalg.norm(out[1:, 1] - out[0, 1]) == pytest.approx(decode.sd, rel=1e-9)
+
+
+@given(seed=st.integers(0, 2**31), rows=st.lists(st.integers(1, 25), min_size=1, max_size=3), block=st.integers(1, 12))
+def test_density_equals_the_dense_one_on_any_problem(seed: int, rows: list[int], block: int) -> None:
+    data = simulate(seed, THREE[: len(rows)], rows=rows, block=block)
+    density = engine(data)
+    found = []
+    for x in points(density, seed, count=2):
+        joint = dense(data, scales_at(density, x))
+        expected = multivariate_normal.logpdf(joint.observed, joint.mean, joint.covariance) + log_prior(density, x, PRIORS)
+        found.append(density.log_density(x)[0] - expected)
+    assert found[0] == pytest.approx(found[1], abs=1e-6)
+
+
+# --- The sampled posterior's outward form. ---
+
+
+FEW = SamplerSettings(draws=50, tune=50, chains=2)
+
+
+def test_a_fit_has_the_names_and_dimensions_of_the_layout() -> None:
+    tree = sample_exact(BASIC.statistics, TINY, PRIORS, FEW, seed=1, show_progress=False)
+    posterior = tree["posterior"].to_dataset()
+    assert {n: v.dims for n, v in posterior.data_vars.items()} == {n: ("chain", "draw", *d) for n, d in VARIABLE_DIMS.items()}
+    assert list(posterior["coef"].to_numpy()) == list(TINY.coef_names)
+    assert list(posterior["config"].to_numpy()) == ["one", "two", "three"]
+    assert list(posterior["hardware"].to_numpy()) == ["H100", "L4"]
+    for name in ("tau", "sigma", "omega", "sigma_typical", "omega_spread"):
+        assert (posterior[name] > 0).all()
+    again = sample_exact(BASIC.statistics, TINY, PRIORS, FEW, seed=1, show_progress=False)
+    other = sample_exact(BASIC.statistics, TINY, PRIORS, FEW, seed=2, show_progress=False)
+    assert again["posterior"].to_dataset().identical(posterior)
+    assert not other["posterior"].to_dataset().equals(posterior)
+
+
+def test_statistics_that_do_not_belong_together_are_refused() -> None:
+    one, two, _ = BASIC.statistics
+    with pytest.raises(StatisticsError, match="no configuration to fit"):
+        sample_exact([], TINY)
+    with pytest.raises(StatisticsError, match="named twice: one"):
+        sample_exact([one, two, one], TINY)
+    for other in (
+        replace(two, feature_set="other"),
+        replace(two, quantity="api_delay"),
+        replace(two, coef_names=("a", "b", "c")),
+    ):
+        with pytest.raises(StatisticsError, match=r"statistics of 'two' are of feature set .* build both with the same set"):
+            sample_exact([one, other], TINY)
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"draws": 49}, "at least 50"),
+        ({"tune": 0}, "at least 50"),
+        ({"chains": 1}, "chains"),
+        ({"target_accept": 1.0}, "0.5 and 1"),
+    ],
+    ids=str,
+)
+def test_settings_that_cannot_be_judged_are_refused(bad: dict[str, float], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        SamplerSettings(**bad)
+
+
+def test_dense_conditional_is_that_of_textbooks() -> None:
+    """The yardstick itself, on two correlated normals: E[a | b] = rho sd_a / sd_b b, Var = (1 - rho^2) sd_a^2."""
+    covariance = np.array([[4.0, 1.5], [1.5, 1.0]])
+    yardstick = Dense(np.eye(2), np.zeros(2), covariance, np.array([[0.0, 1.0]]), np.array([2.0]), np.zeros((1, 1)))
+    mean, left = yardstick.conditional()
+    np.testing.assert_allclose(mean, [3.0, 2.0])
+    np.testing.assert_allclose(left, [[4.0 - 2.25, 0.0], [0.0, 0.0]], atol=1e-12)
+
+
+def test_problems_differ() -> None:
+    for a, b in combinations(PROBLEMS.values(), 2):
+        assert len(a.frames) != len(b.frames) or not a.frames[0].equals(b.frames[0])
