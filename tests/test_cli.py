@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import get_type_hints
 
 import numpy as np
 import pandas as pd
@@ -251,18 +252,29 @@ def test_gate_follows_the_thresholds(tmp_path: Path):
     sampler = ("--draws", 600, "--tune", 250, "--chains", 2)
     done("fit", STORE, "--donors", ",".join(DONORS), "--features", "blis-blackbox", "--out", donors, *sampler)
     done("calibrate", donors, STORE, "--config", TARGET, "--out", target, "--regimes", "calib,load0.15,load0.5", *sampler)
-    lenient = run("verdict", target, STORE, "--gate", "--json", "--mape-limit", 5, "--min-coverage", 0, "--conflict-z", 100)
+    unfussy = ("--min-coverage", 1e-6, "--coverage-level", 1e-12, "--max-mean-uncertainty", 10)
+    lenient = run("verdict", target, STORE, "--gate", "--json", "--mape-limit", 5, *unfussy)
     assert lenient.json["outcome"] == "accept"
     assert lenient.json["limit"] == 5
     assert lenient.code == 0
-    strict = run("verdict", target, STORE, "--gate", "--json", "--mape-limit", 0.001, "--attainable-slack", 0)
+    strict = run("verdict", target, STORE, "--gate", "--json", "--mape-limit", 0.001, "--attainable-slack", 1e-9)
     assert strict.json["outcome"] != "accept"
     assert strict.json["limit"] == pytest.approx(0.001)
     assert strict.code == 1
 
 
 def test_every_threshold_is_an_option():
-    assert {f.name for f in dataclasses.fields(VerdictSettings)} <= set(inspect.signature(verdict_command).parameters)
+    words = ("posterior_file", "store", "config", "gate", "seed", "as_json")
+    assert {f.name for f in dataclasses.fields(VerdictSettings)} == set(inspect.signature(verdict_command).parameters) - set(
+        words
+    )
+
+
+def test_help_states_the_defaults_of_the_thresholds():
+    hints = get_type_hints(verdict_command, include_extras=True)
+    for field in dataclasses.fields(VerdictSettings):
+        default = "none" if field.default is None else f"{field.default:g}"
+        assert hints[field.name].__metadata__[0].help.endswith(f"[{default}]."), field.name
 
 
 def test_sampler_defaults_are_those_of_the_package():

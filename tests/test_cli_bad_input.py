@@ -176,10 +176,11 @@ def test_donors_and_target(outputs: Path):
     assert DONOR in refused(outputs, *words, "c99_absent")
 
 
-def test_unknown_feature_set_and_quantity(outputs: Path):
+def test_unknown_feature_set_quantity_and_engine(outputs: Path):
     words = ("fit", STORE, "--donors", DONOR, "--out", outputs / "fit.nc")
     assert "known are roofline" in refused(outputs, *words, "--features", "rooflien")
     assert "step_time, queue_delay, api_delay" in refused(outputs, *words, "--quantity", "latency")
+    assert "exact, pymc" in refused(outputs, *words, "--engine", "gibbs")
 
 
 def test_which_configuration(tmp_path: Path, outputs: Path):
@@ -215,6 +216,13 @@ def test_verdict_without_a_target_or_rows(tmp_path: Path, outputs: Path):
     steps = steps_of(TARGET)
     steps[steps["regime"].isin(["warmup", "calib"])].to_parquet(store / TARGET / "steps.parquet")
     assert "none is left to judge with" in refused(outputs, "verdict", chain().target, store)
+
+
+def test_thresholds_that_mean_nothing(outputs: Path):
+    words = ("verdict", chain().target, STORE, "--json")
+    assert "mape_limit" in refused(outputs, *words, "--mape-limit", -0.1)
+    assert "min_probability" in refused(outputs, *words, "--min-probability", 90)
+    assert "bootstrap" in refused(outputs, *words, "--bootstrap", 0)
 
 
 # Posterior files

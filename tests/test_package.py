@@ -145,7 +145,7 @@ def test_public_names_load_from_where_type_checkers_see_them():
 
 
 def test_unknown_public_name_lists_those_known():
-    with pytest.raises(AttributeError, match="no attribute 'fit_doners'.*fit_donors"):
+    with pytest.raises(AttributeError, match=r"no attribute 'fit_doners'.*fit_donors"):
         hfdtl_bayes.fit_doners  # noqa: B018
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hfdtl_bayes.cli.options import CHAINS, DRAWS, TUNE, AsJson, Chains, Draws, PosteriorFile, Seed, Store, Tune, names_in
+from hfdtl_bayes.cli.options import CHAINS, DRAWS, TUNE, AsJson, Chains, Draws, Engine, PosteriorFile, Seed, Store, Tune, names_in
 from hfdtl_bayes.cli.output import check_file, say, show, table_text, writing
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ def fit(
     draws: Draws = DRAWS,
     tune: Tune = TUNE,
     chains: Chains = CHAINS,
+    engine: Engine = "exact",
     seed: Seed = 0,
     as_json: AsJson = False,
 ) -> None:
@@ -46,6 +47,7 @@ def fit(
         quantity,
         max_rows=max_rows,
         settings=SamplerSettings(draws=draws, tune=tune, chains=chains),
+        engine=engine,
         seed=seed,
     )
     _finish(posterior, watched, out, "population", as_json=as_json)
@@ -66,6 +68,7 @@ def calibrate(
     draws: Draws = DRAWS,
     tune: Tune = TUNE,
     chains: Chains = CHAINS,
+    engine: Engine = "exact",
     seed: Seed = 0,
     as_json: AsJson = False,
 ) -> None:
@@ -86,6 +89,7 @@ def calibrate(
         chosen,
         watched.configuration(config),
         settings=SamplerSettings(draws=draws, tune=tune, chains=chains),
+        engine=engine,
         seed=seed,
     )
     _finish(posterior, watched, out, config, as_json=as_json)

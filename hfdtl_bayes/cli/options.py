@@ -16,6 +16,9 @@ PosteriorFile = Annotated[Path, typer.Argument(help="Posterior file (netCDF) wri
 Draws = Annotated[int, typer.Option("--draws", min=50, help="Draws kept per chain.")]
 Tune = Annotated[int, typer.Option("--tune", min=50, help="Draws per chain used to adapt, then dropped.")]
 Chains = Annotated[int, typer.Option("--chains", min=2, help="Chains, from different starting points.")]
+Engine = Annotated[
+    str, typer.Option("--engine", help="exact (coefficients integrated out) or pymc (the PyMC model): the same posterior.")
+]
 
 # The defaults of SamplerSettings, repeated because importing it would load PyMC for --help; a test keeps them equal.
 DRAWS, TUNE, CHAINS = 500, 300, 4

@@ -22,25 +22,32 @@ def verdict(
     ] = None,
     gate: Annotated[bool, typer.Option("--gate", help="Exit with code 1 unless the verdict is accept.")] = False,
     mape_limit: Annotated[
-        float | None, typer.Option("--mape-limit", min=0.0, help="Held-out MAPE to stay below, as a fraction [0.1].")
+        float | None, typer.Option("--mape-limit", help="Held-out MAPE to stay below, as a fraction [0.1].")
     ] = None,
     attainable_slack: Annotated[
         float | None,
-        typer.Option(
-            "--attainable-slack", min=0.0, help="Where noise alone exceeds the limit: multiple of the attainable [1.3]."
-        ),
+        typer.Option("--attainable-slack", help="Where noise alone exceeds the limit: multiple of the attainable [1.3]."),
+    ] = None,
+    rmse_limit_s: Annotated[
+        float | None, typer.Option("--rmse-limit-s", help="Root mean squared error to stay below, in seconds [none].")
     ] = None,
     min_probability: Annotated[
-        float | None,
-        typer.Option("--min-probability", min=0.0, max=1.0, help="Probability needed of a MAPE below the limit [0.9]."),
+        float | None, typer.Option("--min-probability", help="Probability needed of an error below the limit [0.9].")
     ] = None,
     min_coverage: Annotated[
-        float | None, typer.Option("--min-coverage", min=0.0, max=1.0, help="Share of rows needed in their 95 % interval [0.85].")
+        float | None, typer.Option("--min-coverage", help="Share of rows needed in their 95 % interval [0.85].")
     ] = None,
-    conflict_z: Annotated[
-        float | None, typer.Option("--conflict-z", min=0.0, help="Group sds beyond which a coefficient is no kin of donors [4].")
+    coverage_level: Annotated[
+        float | None, typer.Option("--coverage-level", help="Level of the test of the blocks in their intervals [0.01].")
     ] = None,
-    bootstrap: Annotated[int | None, typer.Option("--bootstrap", min=10, help="Resamples of time blocks [1000].")] = None,
+    conflict_level: Annotated[
+        float | None,
+        typer.Option("--conflict-level", help="Probability below which the target is called unlike the donors [0.001]."),
+    ] = None,
+    max_mean_uncertainty: Annotated[
+        float | None, typer.Option("--max-mean-uncertainty", help="Relative sd allowed of the expected value [0.1].")
+    ] = None,
+    bootstrap: Annotated[int | None, typer.Option("--bootstrap", help="Resamples of time blocks [1000].")] = None,
     seed: Seed = 0,
     as_json: AsJson = False,
 ) -> None:
@@ -53,9 +60,12 @@ def verdict(
     thresholds: dict[str, Any] = {
         "mape_limit": mape_limit,
         "attainable_slack": attainable_slack,
+        "rmse_limit_s": rmse_limit_s,
         "min_probability": min_probability,
         "min_coverage": min_coverage,
-        "conflict_z": conflict_z,
+        "coverage_level": coverage_level,
+        "conflict_level": conflict_level,
+        "max_mean_uncertainty": max_mean_uncertainty,
         "bootstrap": bootstrap,
     }
     settings = VerdictSettings(**{k: v for k, v in thresholds.items() if v is not None})
