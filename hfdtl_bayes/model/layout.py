@@ -14,23 +14,32 @@ from hfdtl_bayes.features import FeatureSet
 from hfdtl_bayes.model.nuts import NutsRun, SamplerSettings
 from hfdtl_bayes.statistics import ConfigStatistics, pseudo_rows
 
+# `config` and `hardware` must come up before `coef` does: arviz 1.3's `summary` writes the labels of a variable in the order of its own
+# dimensions but its values in the order in which the dimensions first occur in the dataset.
+# In this order the dimensions of the whole dataset come as (config, hardware, coef, ...), the order in which variables have them.
+# ArviZ 1.3 labels the rows of `az.summary` by the dataset's order but fills them by the variable's: theta would be transposed.
 VARIABLE_DIMS: Mapping[str, tuple[str, ...]] = {
-    "beta": ("base",),
-    "gamma": ("config_feature",),
-    "delta": ("residual",),
-    "tau": ("coef",),
-    "hardware_share": (),
+    "sigma": ("config",),
+    "omega": ("config",),
     "hardware_effect_z": ("hardware", "coef"),
     "hardware_effect": ("hardware", "coef"),
     "theta": ("config", "coef"),
-    "sigma": ("config",),
+    "tau": ("coef",),
+    "hardware_share": (),
+    "beta": ("base",),
+    "gamma": ("config_feature",),
+    "delta": ("residual",),
     "sigma_typical": (),
     "sigma_spread": (),
-    "omega": ("config",),
     "omega_typical": (),
     "omega_spread": (),
 }
 """Variables of the posterior and their dimensions after chain and draw; coefficients in reference units."""
+
+
+def in_order(posterior: xr.Dataset) -> xr.Dataset:
+    """Return the posterior with its variables in the order of `VARIABLE_DIMS`, which ArviZ's summaries need."""
+    return xr.Dataset({name: posterior[name] for name in VARIABLE_DIMS if name in posterior}, attrs=posterior.attrs)
 
 
 def check_statistics(statistics: Sequence[ConfigStatistics], feature_set: FeatureSet) -> None:

@@ -22,7 +22,7 @@ from hfdtl_bayes.errors import HfdtlError, InputError, MissingInputError, Poster
 from hfdtl_bayes.features import FeatureSet, feature_set
 from hfdtl_bayes.model.diagnostics import Convergence, convergence
 from hfdtl_bayes.model.exact import sample_exact
-from hfdtl_bayes.model.layout import hardware_names
+from hfdtl_bayes.model.layout import hardware_names, in_order
 from hfdtl_bayes.model.nuts import SamplerSettings
 from hfdtl_bayes.model.priors import PositiveRange, PriorSettings, deviation_scale
 from hfdtl_bayes.statistics import (
@@ -419,6 +419,7 @@ class LatencyPosterior:
         if input_hash(statistics) != header["input_hash"]:
             raise PosteriorFileError(f"{path}: the statistics do not match their hash; the file was altered. Fit it again")
         kept = {name: tree[name].to_dataset() for name in ("posterior", "sample_stats", "observed_data")}
+        kept["posterior"] = in_order(kept["posterior"])
         return cls(
             xr.DataTree.from_dict(kept),
             features,
