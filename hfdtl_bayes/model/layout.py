@@ -14,8 +14,6 @@ from hfdtl_bayes.features import FeatureSet
 from hfdtl_bayes.model.nuts import NutsRun, SamplerSettings
 from hfdtl_bayes.statistics import ConfigStatistics, pseudo_rows
 
-# `config` and `hardware` must come up before `coef` does: arviz 1.3's `summary` writes the labels of a variable in the order of its own
-# dimensions but its values in the order in which the dimensions first occur in the dataset.
 # In this order the dimensions of the whole dataset come as (config, hardware, coef, ...), the order in which variables have them.
 # ArviZ 1.3 labels the rows of `az.summary` by the dataset's order but fills them by the variable's: theta would be transposed.
 VARIABLE_DIMS: Mapping[str, tuple[str, ...]] = {
