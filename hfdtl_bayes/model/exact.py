@@ -352,10 +352,8 @@ class ExactDensity:
         covariance : ndarray, shape (S, K, K)
         """
         log_tau, logit, log_sigma, log_omega, *_ = self.split(x)
-        share = 1.0 / (1.0 + np.exp(-logit))
-        s = self._solve(np.exp(log_tau), share, np.exp(log_sigma), np.exp(log_omega))
-        total = np.exp(log_tau) * self.scale
-        shared_sd = np.sqrt(share)[:, None] * total
+        own_sd, shared_sd = self._sds(log_tau, logit)
+        s = self._solve(own_sd, shared_sd, np.exp(log_sigma), np.exp(log_omega))
         base, config = len(self.feature_set.base), len(self.feature_set.config)
         loading = np.zeros((self.count_coef, len(self.mean)))
         loading[range(base), range(base)] = 1.0
@@ -375,7 +373,7 @@ class ExactDensity:
             covariance = covariance + shared_sd[:, :, None] * s.hardware_inverse[:, h] * shared_sd[:, None, :]
         else:
             covariance[:, diagonal, diagonal] += shared_sd**2
-        covariance[:, diagonal, diagonal] += (1 - share)[:, None] * total**2
+        covariance[:, diagonal, diagonal] += own_sd**2
         return mean, covariance + slope @ s.population_inverse @ _t(slope)
 
     def draw(self, x: FloatArray, rng: np.random.Generator) -> dict[str, FloatArray]:
