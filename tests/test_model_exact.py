@@ -7,6 +7,7 @@ from dataclasses import replace
 from decimal import Decimal, localcontext
 from itertools import combinations
 
+import arviz as az
 import numpy as np
 import pytest
 from hypothesis import given
@@ -414,6 +415,19 @@ def test_a_fit_has_the_names_and_dimensions_of_the_layout() -> None:
     other = sample_exact(BASIC.statistics, TINY, PRIORS, FEW, seed=2, show_progress=False)
     assert again["posterior"].to_dataset().identical(posterior)
     assert not other["posterior"].to_dataset().equals(posterior)
+
+
+def test_arviz_gives_every_entry_its_own_name() -> None:
+    """Its summary takes labels and values in different orders of dimensions; the layout's order keeps them together."""
+    data = simulate(20, THREE[:2], rows=30)
+    posterior = sample_exact(data.statistics, TINY, PRIORS, FEW, show_progress=False)["posterior"].to_dataset()
+    summary = az.summary(posterior, round_to="none")["mean"]
+    assert len(summary) == sum(v[0, 0].size for v in posterior.data_vars.values())
+    for label, mean in summary.items():
+        name, _, entry = str(label).removesuffix("]").partition("[")
+        values = posterior[name]
+        where = dict(zip(values.dims[2:], entry.split(", "), strict=True)) if entry else {}
+        assert float(mean) == pytest.approx(float(values.sel(where).mean()), rel=1e-6), label
 
 
 def test_statistics_that_do_not_belong_together_are_refused() -> None:
