@@ -5,8 +5,8 @@
 
 `queue_delay` (queued to scheduled) is two-part: a request that finds a free slot waits less than a step, whatever the load; one
 that finds none waits for those ahead of it, in proportion to their number. Fitted together the zeros drown the rest, and a
-relative error of nothing means nothing. So the first part is a rule that is checked, and only the second a model that is fitted
-and scored. `api_delay` (arrival to queued) is about the rest of the running step and belongs to every request.
+relative error of nothing means nothing. So the first part is a rule (the feature set's `support`), checked here, and only the second a
+model that is fitted and scored. `api_delay` (arrival to queued) is about the rest of the running step and belongs to every request.
 """
 
 from __future__ import annotations
@@ -14,31 +14,25 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import pandas as pd
-
 import hfdtl_bayes as hb
 from hfdtl_bayes.export import idle_api_delay_s
 from hfdtl_bayes.features.response import response
 from hfdtl_bayes.sample import DONORS, TARGET, sample_store_path
-from hfdtl_bayes.traces import split_by_regime
+from hfdtl_bayes.traces import drop_warmup, split_by_regime
 from hfdtl_bayes.transfer import usable_rows
 
 
-def part_to_fit(store: hb.TraceStore, config_id: str, quantity: str) -> pd.DataFrame:
-    """Return the requests a quantity is modelled on: those that find no slot for queue_delay, all for api_delay."""
-    configuration = store.configuration(config_id)
-    requests = usable_rows(store.requests(config_id).frame, quantity)
-    if quantity == "api_delay":
-        return requests
-    # The rule: no slot is free when the batch, counting the requests already queued for it, is full.
-    no_slot = requests["waiting_requests"] + requests["running_requests"] >= configuration.engine.max_num_seqs
-    step_s = hb.feature_set("roofline", quantity).noise_floor(configuration)
+def check_the_rule(store: hb.TraceStore, config_id: str) -> None:
+    """Print how often finding no free slot tells which requests wait longer than a step."""
+    configuration, features = store.configuration(config_id), hb.feature_set("roofline", "queue_delay")
+    requests = drop_warmup(store.requests(config_id).frame)
+    no_slot = features.supported(requests, configuration)
+    step_s = features.noise_floor(configuration)
     waited = response(requests, "queue_delay") > step_s
     print(
         f"  {config_id}: {no_slot.mean():.0%} of {len(requests)} requests find no free slot; that tells who waits longer than a "
         f"step ({1e3 * step_s:.0f} ms) in {(no_slot == waited).mean():.1%} of cases"
     )
-    return requests[no_slot]
 
 
 def main() -> None:
@@ -58,16 +52,15 @@ def main() -> None:
 
     for quantity in ("queue_delay", "api_delay"):
         print(f"\n{quantity}")
-        features = hb.feature_set("roofline", quantity)
-        statistics = [
-            hb.statistics_from_rows(part_to_fit(store, donor, quantity), store.configuration(donor), features)
-            for donor in arguments.donors.split(",")
-        ]
-        donors = hb.fit(statistics, features, settings=settings, seed=arguments.seed)
+        if quantity == "queue_delay":
+            for config_id in (*arguments.donors.split(","), arguments.target):
+                check_the_rule(store, config_id)
+        donors = hb.fit_donors(store, arguments.donors.split(","), quantity=quantity, settings=settings, seed=arguments.seed)
         print(f"  donors: {donors.convergence()}")
 
         # Slopes are in reference steps of each configuration, so that a fast engine's queue teaches about a slow one's.
-        rows, held_out = split_by_regime(part_to_fit(store, arguments.target, quantity), arguments.regimes.split(","))
+        requests = usable_rows(store.requests(arguments.target).frame, configuration, donors.feature_set)
+        rows, held_out = split_by_regime(requests, arguments.regimes.split(","))
         target = hb.calibrate(donors, rows, configuration, settings=settings, seed=arguments.seed)
         print(f"  target: {target.convergence()}")
         table = target.coefficient_table()

@@ -11,6 +11,7 @@ from scipy.stats import kstest
 
 from hfdtl_bayes.configuration import ServingConfiguration
 from hfdtl_bayes.errors import InputError, UnknownNameError
+from hfdtl_bayes.features import feature_set
 from hfdtl_bayes.model import LatencyPosterior, PriorSettings
 from hfdtl_bayes.sample import DONORS, TARGET, sample_store_path
 from hfdtl_bayes.statistics import statistics_from_rows
@@ -25,6 +26,7 @@ from hfdtl_bayes.transfer import (
     held_out_rows,
     population_conflict,
     select_rows,
+    usable_rows,
     verdict,
 )
 from hfdtl_bayes.transfer.verdict import probability_below
@@ -263,3 +265,30 @@ def test_too_little_traffic_asks_for_more(
 def test_settings_that_mean_nothing_are_refused(setting: str, value: float) -> None:
     with pytest.raises(InputError, match=setting):
         VerdictSettings(**{setting: value})
+
+
+def test_a_trace_that_changed_since_is_refused(target: LatencyPosterior, frame: pd.DataFrame) -> None:
+    with pytest.raises(InputError, match="not the one it was calibrated on: 300 of its 300"):
+        held_out_rows(target, frame.assign(decode_tokens=frame["decode_tokens"] + 1))
+    with pytest.raises(InputError, match="not the one it was calibrated on: 299 of its 300"):
+        held_out_rows(target, frame.drop(index=target.calibration_rows[0]))
+
+
+# --- the queue delay is two-part ---------------------------------------------------------------------------------------------
+
+
+def test_queue_delay_is_modelled_on_requests_that_find_no_slot(store: TraceStore, configuration: ServingConfiguration) -> None:
+    roofline = feature_set("roofline", "queue_delay")
+    requests = drop_warmup(store.requests(TARGET).frame)
+    waited = (requests["scheduled_s"] - requests["queued_s"]).to_numpy() > roofline.noise_floor(configuration)
+    told = roofline.supported(requests, configuration)
+    assert 0.2 < told.mean() < 0.8
+    assert (told == waited).mean() > 0.99
+    fitted = usable_rows(requests, configuration, roofline)
+    assert fitted.index.equals(requests.index[told])
+    posterior = fit_donors(store, DONORS, quantity="queue_delay", seed=1, show_progress=False)
+    predicted = posterior.predict(requests, configuration)
+    assert (predicted[~told] == 0).all().all()
+    assert (predicted["mean_s"][told] > 0).all()
+    found = evaluate(posterior, fitted, configuration)
+    assert found.coverage > 0.9, str(found)

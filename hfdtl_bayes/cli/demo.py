@@ -174,20 +174,18 @@ def run_demo(out: Path, *, seed: int = 0, show_progress: bool = True, settings: 
         from hfdtl_bayes.model.posterior import package_version  # noqa: PLC0415  (loading is a stage of its own, and timed)
         from hfdtl_bayes.report import TargetSummary, compare, summary_page  # noqa: PLC0415
         from hfdtl_bayes.sample import DONORS, TARGET, sample_store_path  # noqa: PLC0415
-        from hfdtl_bayes.traces import TraceStore  # noqa: PLC0415
+        from hfdtl_bayes.traces import TraceStore, drop_warmup  # noqa: PLC0415
         from hfdtl_bayes.transfer import (  # noqa: PLC0415
             calibrate,
             calibrate_ridge,
             fit_donors,
             fit_ridge_donors,
             held_out_rows,
-            read_trace,
-            usable_rows,
             verdict,
         )
     with clock.stage("read"):
         store = TraceStore(sample_store_path())
-        rows = {c: usable_rows(read_trace(store, c, "step_time").frame, "step_time") for c in (*DONORS, TARGET)}
+        rows = {c: drop_warmup(store.steps(c).frame) for c in (*DONORS, TARGET)}
         configuration = store.configuration(TARGET)
         requests = store.requests(TARGET).frame
     with clock.stage("fit donors", "fitting three donors"):

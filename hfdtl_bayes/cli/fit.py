@@ -82,7 +82,7 @@ def calibrate(
     donors = LatencyPosterior.load(posterior_file)
     quantity = donors.feature_set.quantity
     watched = WatchedStore(store)
-    frame = usable_rows(read_trace(watched, config, quantity).frame, quantity)
+    frame = usable_rows(read_trace(watched, config, quantity).frame, watched.configuration(config), donors.feature_set)
     chosen = calibration_rows(frame, quantity, regimes=names_in(regimes), selection=rows, max_rows=max_rows)
     posterior = calibrate_target(
         donors,

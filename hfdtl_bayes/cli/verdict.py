@@ -77,7 +77,7 @@ def verdict(
     quantity = posterior.feature_set.quantity
     watched = WatchedStore(store)
     configuration = watched.configuration(posterior.target)
-    frame = usable_rows(read_trace(watched, posterior.target, quantity).frame, quantity)
+    frame = usable_rows(read_trace(watched, posterior.target, quantity).frame, configuration, posterior.feature_set)
     calibration, held_out = held_out_rows(posterior, frame)
     found = judge(posterior, held_out, configuration, settings, calibration_rows=calibration, seed=seed)
     result = {

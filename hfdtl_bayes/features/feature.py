@@ -134,6 +134,9 @@ class FeatureSet:
     noise_floor : callable
         ``noise_floor(configuration) -> float``: the smallest mean, in seconds, that errors are taken relative to.
         A step cannot be faster than its weights are read; a queue delay is not known better than one step.
+    support : callable, optional
+        ``support(frame, configuration) -> bool array (n,)``: the rows the linear model describes. Elsewhere the quantity is nil, and
+        predicted as zero: a request that finds a free slot does not wait in the queue. All rows by default.
     """
 
     name: str
@@ -141,6 +144,7 @@ class FeatureSet:
     features: tuple[Feature, ...]
     noise_floor: Callable[[ServingConfiguration], float]
     description: str = ""
+    support: Callable[[pd.DataFrame, ServingConfiguration], NDArray[np.bool_]] | None = None
     _by_name: Mapping[str, Feature] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -237,6 +241,12 @@ class FeatureSet:
                 )
             design[:, k] = column * feature.reference
         return design
+
+    def supported(self, frame: pd.DataFrame, configuration: ServingConfiguration) -> NDArray[np.bool_]:
+        """Return which rows the linear model describes, shape (n,)."""
+        if self.support is None:
+            return np.ones(len(frame), dtype=bool)
+        return np.asarray(self.support(frame, configuration), dtype=bool)
 
     def config_row(self, configuration: ServingConfiguration) -> FloatArray:
         """Return the config features of one configuration in reference units, shape (G,), in seconds per unit coefficient.

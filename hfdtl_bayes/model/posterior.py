@@ -227,7 +227,8 @@ class LatencyPosterior:
         -------
         DataFrame, n rows
             Of a new observation: `mean_s`, `sd_s`, `q2.5_s`, `q50_s`, `q97.5_s`; of its expected value: `sd_mean_s`,
-            `q2.5_mean_s`, `q50_mean_s`, `q97.5_mean_s`. Seconds. The sd of a new observation includes noise and drift.
+            `q2.5_mean_s`, `q50_mean_s`, `q97.5_mean_s`. Seconds. The sd of a new observation includes noise and drift. All zero in
+            rows outside the feature set's support.
 
         Raises
         ------
@@ -254,7 +255,9 @@ class LatencyPosterior:
                 low, middle, high = np.quantile(values, _QUANTILES, axis=0)
                 out[f"q2.5{suffix}"][part], out[f"q50{suffix}"][part] = low, middle
                 out[f"q97.5{suffix}"][part] = high
-        return pd.DataFrame(out, index=frame.index)
+        table = pd.DataFrame(out, index=frame.index)
+        table.loc[~self.feature_set.supported(frame, configuration)] = 0.0
+        return table
 
     def predict_block_means(
         self, frame: pd.DataFrame, configuration: ServingConfiguration, blocks: NDArray[np.int64], *, seed: int = 0

@@ -12,7 +12,7 @@ from hfdtl_bayes.configuration import ServingConfiguration
 from hfdtl_bayes.errors import InputError
 from hfdtl_bayes.features import FeatureSet, feature_set
 from hfdtl_bayes.model import LatencyPosterior, PriorSettings, SamplerSettings, fit
-from hfdtl_bayes.statistics import DEFAULT_BLOCK_LENGTH, ConfigStatistics, statistics_from_rows
+from hfdtl_bayes.statistics import DEFAULT_BLOCK_LENGTH, ConfigStatistics, row_scale, statistics_from_rows
 from hfdtl_bayes.traces import TraceStore, TraceTable, drop_warmup, time_blocks
 
 
@@ -21,12 +21,16 @@ def read_trace(store: TraceStore, config_id: str, quantity: str) -> TraceTable:
     return store.steps(config_id) if quantity == "step_time" else store.requests(config_id)
 
 
-def usable_rows(frame: pd.DataFrame, quantity: str) -> pd.DataFrame:
-    """Return the rows to fit: no warm-up; for api_delay only requests whose arrival is known."""
+def usable_rows(frame: pd.DataFrame, configuration: ServingConfiguration, features: FeatureSet) -> pd.DataFrame:
+    """Return the rows to fit and to judge by.
+
+    No warm-up; only rows the feature set supports (for queue_delay, requests that found no free slot); for api_delay only requests
+    whose arrival is known.
+    """
     frame = drop_warmup(frame)
-    if quantity == "api_delay" and "arrival_s" in frame.columns:
+    if features.quantity == "api_delay" and "arrival_s" in frame.columns:
         frame = frame[frame["arrival_s"].notna()]
-    return frame
+    return frame[features.supported(frame, configuration)]
 
 
 def require_enough_rows(frame: pd.DataFrame, configuration: ServingConfiguration, features: FeatureSet) -> None:
@@ -101,7 +105,7 @@ def _statistics(
     store: TraceStore, config_id: str, features: FeatureSet, *, max_rows: int | None, block_length: int
 ) -> ConfigStatistics:
     configuration = store.configuration(config_id)
-    frame = usable_rows(read_trace(store, config_id, features.quantity).frame, features.quantity)
+    frame = usable_rows(read_trace(store, config_id, features.quantity).frame, configuration, features)
     frame = frame if max_rows is None else frame.iloc[:max_rows]
     require_enough_rows(frame, configuration, features)
     return statistics_from_rows(frame, configuration, features, block_length=block_length)
@@ -176,9 +180,10 @@ def held_out_rows(
     Raises
     ------
     InputError
-        If no block is left to judge with.
+        If no block is left to judge with, or the frame does not hold the rows that were calibrated on.
     """
     used = frame.index.isin(posterior.calibration_rows)
+    _require_unchanged(posterior, frame[used])
     blocks = time_blocks(frame, block_length)
     aside = ~np.isin(blocks, np.unique(blocks[used]))
     if not aside.any():
@@ -187,6 +192,23 @@ def held_out_rows(
             "some regimes or on the first rows only (--regimes, --max-rows)"
         )
     return frame[used], frame[aside]
+
+
+def _require_unchanged(posterior: LatencyPosterior, rows: pd.DataFrame) -> None:
+    """Refuse rows that are not those the target was calibrated on: the trace changed since, and would be split wrongly."""
+    own = next((s for s in posterior.statistics if s.config_id == posterior.target), None)
+    if own is None or not len(posterior.calibration_rows):
+        return
+    same = len(rows) == own.rows
+    if same:
+        design = posterior.feature_set.design(rows, own.configuration)
+        log_scale = float(np.log(row_scale(design, own.pilot, own.floor_s)).sum())
+        same = bool(np.isclose(log_scale, own.log_scale_sum, rtol=1e-9, atol=1e-6))
+    if not same:
+        raise InputError(
+            f"the trace of {posterior.target!r} is not the one it was calibrated on: {len(rows)} of its {own.rows} calibration rows are "
+            "found, or they hold other values. Give the same store, or calibrate again"
+        )
 
 
 def select_rows(frame: pd.DataFrame, step_ids: Sequence[int] | np.ndarray) -> pd.DataFrame:
