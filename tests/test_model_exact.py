@@ -15,7 +15,20 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy.special import betaln, expit, log_expit
 from scipy.stats import multivariate_normal, norm
-from simulation import PRIORS, THREE, TINY, Dense, Parameters, Simulated, configuration, dense, simulate
+from simulation import (
+    PRIORS,
+    THREE,
+    TINY,
+    Dense,
+    Parameters,
+    Simulated,
+    configuration,
+    dense,
+    deviation_size,
+    hardware_of,
+    loading,
+    simulate,
+)
 
 from hfdtl_bayes.errors import InputError, StatisticsError
 from hfdtl_bayes.model import ExactDensity, PositiveRange, PriorSettings, SamplerSettings, sample_exact
@@ -24,6 +37,7 @@ from hfdtl_bayes.statistics import ConfigStatistics, Stratum
 
 FloatArray = NDArray[np.float64]
 
+K = len(TINY.varying)
 PROBLEMS = {
     "three configurations, two hardware": simulate(1),
     "one configuration": simulate(2, THREE[:1], rows=(50,)),
@@ -141,6 +155,31 @@ def test_draws_with_a_real_generator_have_these_moments() -> None:
     assert np.abs(np.cov(standard.T) - covariance / np.outer(sd, sd)).max() < 5 * np.sqrt(2 / count)
 
 
+@pytest.mark.parametrize("gpu", ["H100", "L4", "B200"])
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_a_new_configuration_has_its_exact_predictive_mean_and_covariance(name: str, gpu: str) -> None:
+    """theta = A phi + w_h + e with (phi, w) given the rows; w_h is known only if a fitted configuration runs on it."""
+    data = PROBLEMS[name]
+    density, own = engine(data), configuration("new", gpu, 4)
+    names, _ = hardware_of(data.configurations)
+    for x in points(density, 19, count=2):
+        scales = scales_at(density, x)
+        mean, covariance = dense(data, scales).conditional()
+        variance = scales["tau"] ** 2 * deviation_size(TINY) ** 2
+        share = float(scales["hardware_share"])
+        make = np.zeros((K, len(mean)))
+        make[:, :4] = loading(TINY, own)
+        if gpu in names:
+            at = 4 + names.index(gpu) * K
+            make[:, at : at + K] = np.eye(K)
+            variance = (1 - share) * variance
+        found_mean, found_covariance = density.predictive(x[None], own)
+        expected = make @ covariance @ make.T + np.diag(variance)
+        sd = np.sqrt(np.diag(expected))
+        np.testing.assert_allclose((found_mean[0] - make @ mean) / sd, 0, atol=1e-6)
+        np.testing.assert_allclose(found_covariance[0] / np.outer(sd, sd), expected / np.outer(sd, sd), atol=1e-6)
+
+
 def test_the_effects_of_hardware_are_their_scores_times_their_sd() -> None:
     data = PROBLEMS["three configurations, two hardware"]
     density = engine(data)
@@ -248,7 +287,6 @@ def with_columns(statistics: Sequence[ConfigStatistics], change: FloatArray) -> 
     )
 
 
-K = len(TINY.varying)
 TAU, SHARE = slice(0, K), K
 BASIC = PROBLEMS["three configurations, two hardware"]
 NO_DECODE = np.diag([1.0, 0.0, 1.0])
