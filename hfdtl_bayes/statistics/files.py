@@ -82,7 +82,7 @@ def statistics_from_dataset(dataset: xr.Dataset) -> ConfigStatistics:
             pilot=dataset["pilot"].to_numpy(),
             floor_s=float(dataset["floor_s"]),
             constant_s=float(dataset["constant_s"]),
-            config_row=dataset["config_row"].to_numpy() if "config_row" in dataset else np.zeros(0),
+            config_row=dataset["config_row"].to_numpy() if dataset.sizes.get("config_feature") else np.zeros(0),
             rows=int(dataset["rows"]),
             blocks=int(dataset["blocks"]),
             log_scale_sum=float(dataset["log_scale_sum"]),
@@ -93,13 +93,17 @@ def statistics_from_dataset(dataset: xr.Dataset) -> ConfigStatistics:
 
 
 def input_hash(statistics: Sequence[ConfigStatistics]) -> str:
-    """Return the SHA-256 of everything inference reads: configurations, columns, triangles and counts."""
+    """Return the SHA-256 of all that the statistics hold, from configurations to the last digit of the triangles."""
     digest = hashlib.sha256()
     for s in statistics:
-        head = {"configuration": s.configuration.dump(), "set": [s.feature_set, s.quantity], "columns": s.coef_names}
+        head = {
+            "configuration": s.configuration.dump(),
+            "set": [s.feature_set, s.quantity],
+            "columns": s.coef_names,
+            "counts": [s.rows, s.blocks, [(stratum.multiplier, stratum.count) for stratum in s.strata]],
+        }
         digest.update(json.dumps(head, sort_keys=True, default=str).encode())
-        for stratum in s.strata:
-            digest.update(f"{stratum.multiplier},{stratum.count};".encode())
-            digest.update(np.ascontiguousarray(stratum.triangle, dtype="<f8").tobytes())
-        digest.update(np.ascontiguousarray(s.config_row, dtype="<f8").tobytes())
+        numbers = [s.pilot, [s.floor_s, s.constant_s, s.log_scale_sum], s.config_row, *(stratum.triangle for stratum in s.strata)]
+        for values in numbers:
+            digest.update(np.ascontiguousarray(values, dtype="<f8").tobytes())
     return digest.hexdigest()
