@@ -216,13 +216,9 @@ def test_one_compilation_serves_any_number_of_configurations_and_rows() -> None:
     assert pymc_engine._COMPILED[features, PRIORS] is compiled
     assert len(pymc_engine._COMPILED) == before + 1
     # What was fitted in between leaves no trace.
-    again = fitted(simulate(31, features=features).statistics)
-    assert again["posterior"].to_dataset().identical(first["posterior"].to_dataset())
-    assert (
-        not fitted(simulate(31, features=features).statistics, seed=2)["posterior"]
-        .to_dataset()
-        .equals(first["posterior"].to_dataset())
-    )
+    same, other = (fitted(simulate(31, features=features).statistics, seed)["posterior"].to_dataset() for seed in (1, 2))
+    assert same.identical(first["posterior"].to_dataset())
+    assert not other.equals(same)
 
 
 @pytest.mark.slow
@@ -237,7 +233,8 @@ def test_both_engines_give_the_same_posterior_in_the_same_form() -> None:
     for name, coordinate in exact.coords.items():
         assert coordinate.equals(sampled.coords[name])
     for name in exact.data_vars:
-        a, b = (np.log(d[name]) if (d[name] > 0).all() else d[name] for d in (exact, sampled))
+        positive = str(name).startswith(("tau", "sigma", "omega"))
+        a, b = (np.log(d[name]) if positive else d[name] for d in (exact, sampled))
         sd = a.std(("chain", "draw"))
         # At least 400 effective draws each: sd / 14 is five standard errors of the difference of two means.
         assert float((abs(a.mean(("chain", "draw")) - b.mean(("chain", "draw"))) / sd).max()) < 5 * np.sqrt(2 / 400), name
