@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from hfdtl_bayes.errors import StatisticsError
+from hfdtl_bayes.errors import InputError, StatisticsError
 from hfdtl_bayes.features import FeatureSet
 from hfdtl_bayes.model.nuts import NutsRun, SamplerSettings
 from hfdtl_bayes.statistics import ConfigStatistics, pseudo_rows
@@ -83,6 +83,30 @@ def coordinate_values(statistics: Sequence[ConfigStatistics], feature_set: Featu
         "coef": list(feature_set.coef_names),
         "hardware": list(hardware_names(statistics)),
     }
+
+
+def check_posterior(posterior: xr.Dataset, statistics: Sequence[ConfigStatistics], feature_set: FeatureSet) -> None:
+    """Refuse draws that do not belong to these statistics and this feature set: entries are read by position.
+
+    Raises
+    ------
+    InputError
+        If a variable is missing, has other dimensions or is not finite, or if labels differ or stand in another order.
+    """
+    expected = {name: labels for name, labels in coordinate_values(statistics, feature_set).items() if labels}
+    for name, labels in expected.items():
+        found = [str(v) for v in posterior[name].to_numpy()] if name in posterior.coords else []
+        if found != labels:
+            raise InputError(
+                f"the draws have for {name}, in this order, {', '.join(found) or 'nothing'}, not {', '.join(labels)}"
+            )
+    for name, dims in VARIABLE_DIMS.items():
+        if any(d not in expected for d in dims):
+            continue
+        if name not in posterior or posterior[name].dims != ("chain", "draw", *dims):
+            raise InputError(f"there are no draws of {name} ({', '.join(('chain', 'draw', *dims))})")
+        if not np.isfinite(posterior[name].to_numpy()).all():
+            raise InputError(f"draws of {name} are not finite")
 
 
 def posterior_tree(

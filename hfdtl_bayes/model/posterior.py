@@ -22,7 +22,7 @@ from hfdtl_bayes.errors import HfdtlError, InputError, MissingInputError, Poster
 from hfdtl_bayes.features import FeatureSet, feature_set
 from hfdtl_bayes.model.diagnostics import Convergence, convergence
 from hfdtl_bayes.model.exact import sample_exact
-from hfdtl_bayes.model.layout import hardware_names, in_order
+from hfdtl_bayes.model.layout import check_posterior, hardware_names, in_order
 from hfdtl_bayes.model.nuts import SamplerSettings
 from hfdtl_bayes.model.priors import PositiveRange, PriorSettings, deviation_scale
 from hfdtl_bayes.statistics import (
@@ -379,7 +379,7 @@ class LatencyPosterior:
             If there is no such file.
         PosteriorFileError
             If it is cut short, not a posterior of this package, of another file format, of a feature set that is not
-            registered or has changed, or if its statistics do not match their hash.
+            registered or has changed, if its statistics do not match their hash, or if its draws do not belong to them.
         """
         path = Path(path)
         if not path.is_file():
@@ -402,6 +402,8 @@ class LatencyPosterior:
 
     @classmethod
     def _rebuild(cls, tree: xr.DataTree, header: dict[str, Any], path: Path) -> LatencyPosterior:
+        if not isinstance(header, dict):
+            raise PosteriorFileError(f"{path} is not a complete posterior: its header is damaged. Fit it again")
         if header.get("format") != FILE_FORMAT:
             raise PosteriorFileError(
                 f"{path} has file format {header.get('format')!r}, written by version {header.get('package_version')}; this "
@@ -423,6 +425,7 @@ class LatencyPosterior:
             raise PosteriorFileError(f"{path}: the statistics do not match their hash; the file was altered. Fit it again")
         kept = {name: tree[name].to_dataset() for name in ("posterior", "sample_stats", "observed_data")}
         kept["posterior"] = in_order(kept["posterior"])
+        check_posterior(kept["posterior"], statistics, features)
         return cls(
             xr.DataTree.from_dict(kept),
             features,
