@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import arviz as az
+import numpy as np
 import xarray as xr
 
 
@@ -54,15 +55,16 @@ def convergence(tree: xr.DataTree, settings: ConvergenceSettings | None = None) 
     posterior = tree["posterior"].to_dataset()
 
     def worst(dataset: xr.Dataset, largest: bool) -> float:
-        values = [float(v.max() if largest else v.min()) for v in dataset.data_vars.values() if v.size]
-        return max(values) if largest else min(values)
+        # Not a number, where draws are none or all the same, is the worst of all: maximum and minimum let it through.
+        values = np.concatenate([v.to_numpy().ravel() for v in dataset.data_vars.values()])
+        return float(values.max() if largest else values.min())
 
-    rhat = worst(az.rhat(posterior), True)
-    bulk = worst(az.ess(posterior, method="bulk"), False)
-    tail = worst(az.ess(posterior, method="tail"), False)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        rhat = worst(az.rhat(posterior), True)
+        bulk = worst(az.ess(posterior, method="bulk"), False)
+        tail = worst(az.ess(posterior, method="tail"), False)
     diverging = tree["sample_stats"]["diverging"]
     divergences, draws = int(diverging.sum()), int(diverging.size)
-    passed = (
-        rhat <= settings.max_rhat and min(bulk, tail) >= settings.min_ess and divergences <= settings.max_divergent_share * draws
-    )
+    effective = bulk >= settings.min_ess and tail >= settings.min_ess
+    passed = rhat <= settings.max_rhat and effective and divergences <= settings.max_divergent_share * draws
     return Convergence(rhat, bulk, tail, divergences, draws, passed)
