@@ -132,7 +132,9 @@ def smooth_max(a: FloatArray, b: FloatArray | float, sharpness: float) -> FloatA
     return (a**sharpness + b**sharpness) ** (1.0 / sharpness)
 
 
-def gemm_excess_s(frame: pd.DataFrame, configuration: ServingConfiguration, settings: RooflineSettings = SETTINGS) -> FloatArray:
+def dense_gemm_excess_s(
+    frame: pd.DataFrame, configuration: ServingConfiguration, settings: RooflineSettings = SETTINGS
+) -> FloatArray:
     """Dense GEMM time beyond the reading of the weights, in ideal compute seconds, shape (n,).
 
     For each GEMM: e_c * (smoothmax(F / (e_c P), M / (e_m W)) - M_w / (e_m W)), with F the FLOPs, M the bytes of weights and
@@ -162,7 +164,7 @@ def hidden_s(work_s: FloatArray, excess_s: FloatArray) -> FloatArray:
 
 def gemm_hidden_s(frame: pd.DataFrame, configuration: ServingConfiguration) -> FloatArray:
     """`hidden_s` of the dense GEMMs, shape (n,)."""
-    return hidden_s(gemm_s(frame, configuration), gemm_excess_s(frame, configuration))
+    return hidden_s(gemm_s(frame, configuration), dense_gemm_excess_s(frame, configuration))
 
 
 def expert_gemm_hidden_s(frame: pd.DataFrame, configuration: ServingConfiguration) -> FloatArray:
@@ -225,12 +227,24 @@ def expert_gemm_s(frame: pd.DataFrame, configuration: ServingConfiguration) -> F
 def expert_gemm_excess_s(
     frame: pd.DataFrame, configuration: ServingConfiguration, settings: RooflineSettings = SETTINGS
 ) -> FloatArray:
-    """As `gemm_excess_s` for the grouped GEMMs of the routed experts: all together, against the experts that are hit, shape (n,)."""
+    """As `dense_gemm_excess_s` for the grouped GEMMs of the routed experts: all together, against the experts that are hit, shape (n,)."""
     if not configuration.llm.num_moe_layers:
         return np.zeros(len(frame))
     compute = expert_gemm_s(frame, configuration) / settings.expert_compute_efficiency
     read = expert_weight_read_s(frame, configuration, settings) / settings.memory_efficiency
     return (smooth_max(compute, read, settings.sharpness) - read) * settings.expert_compute_efficiency
+
+
+def gemm_excess_s(frame: pd.DataFrame, configuration: ServingConfiguration, settings: RooflineSettings = SETTINGS) -> FloatArray:
+    """Time of all GEMMs beyond the reading of weights, in ideal compute seconds of a dense GEMM, shape (n,).
+
+    dense_gemm_excess_s + expert_gemm_excess_s * compute_efficiency / expert_compute_efficiency. One column, not two: while the
+    experts are compute-bound the dense layers are a small share of nearly the same shape, and a coefficient of their own would
+    take any misfit of the experts' for itself and carry it to dense models.
+    """
+    slower = settings.compute_efficiency / settings.expert_compute_efficiency
+    dense = dense_gemm_excess_s(frame, configuration, settings)
+    return dense + slower * expert_gemm_excess_s(frame, configuration, settings)
 
 
 def prefill_attention_s(frame: pd.DataFrame, configuration: ServingConfiguration) -> FloatArray:

@@ -63,11 +63,12 @@ STEP_TIME = FeatureSet(
             constant_column(physics.weight_read_s), PriorRange(0.9, 1.8), (),
         ),
         Feature(
-            "gemm_hidden", Level.BASE, "s", "max(FLOPs of the dense GEMMs / tp / peak - gemm_excess, 0)",
+            "gemm_hidden", Level.BASE, "s", "max(FLOPs of the dense GEMMs / tp / peak - their excess, 0)",
             rows(physics.gemm_hidden_s), PriorRange(-0.2, 0.9), _TOKENS + _REQUESTS,
         ),
         Feature(
-            "gemm_excess", Level.BASE, "s", "smooth max(compute, memory) - memory of each dense GEMM, in compute seconds",
+            "gemm_excess", Level.BASE, "s",
+            "smooth max(compute, memory) - memory of each GEMM, in ideal compute seconds; the experts' count 1.5 times",
             rows(physics.gemm_excess_s), PriorRange(0.9, 1.7), _TOKENS + _REQUESTS,
         ),
         Feature(
@@ -75,12 +76,8 @@ STEP_TIME = FeatureSet(
             rows(physics.expert_weight_read_s), PriorRange(0.7, 1.9), _TOKENS,
         ),
         Feature(
-            "expert_gemm_hidden", Level.BASE, "s", "max(FLOPs of the routed experts / tp / peak - expert_gemm_excess, 0)",
+            "expert_gemm_hidden", Level.BASE, "s", "max(FLOPs of the routed experts / tp / peak - their excess, 0)",
             rows(physics.expert_gemm_hidden_s), PriorRange(-0.4, 1.4), _TOKENS,
-        ),
-        Feature(
-            "expert_gemm_excess", Level.BASE, "s", "as gemm_excess for the grouped GEMMs of the routed experts",
-            rows(physics.expert_gemm_excess_s), PriorRange(0.9, 2.5), _TOKENS,
         ),
         Feature(
             "prefill_attention", Level.BASE, "s", "4 * layers * heads / tp * head_dim * prefill_attention_tokens / peak",
