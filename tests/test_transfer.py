@@ -86,7 +86,7 @@ def test_a_target_that_is_also_a_donor_is_refused(donors: LatencyPosterior, stor
 def test_fewer_rows_than_features_are_refused(
     donors: LatencyPosterior, low: pd.DataFrame, configuration: ServingConfiguration
 ) -> None:
-    with pytest.raises(InputError, match=r"has 5 usable row\(s\) for the 11 coefficients"):
+    with pytest.raises(InputError, match=r"has 5 usable row\(s\) for the 10 coefficients"):
         calibrate(donors, low.iloc[:5], configuration, show_progress=False)
 
 

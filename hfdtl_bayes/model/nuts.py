@@ -95,6 +95,17 @@ def run_nuts(
     import nutpie  # noqa: PLC0415  (half a second to import, and only fitting needs it)
     from nutpie.compiled_pyfunc import from_pyfunc  # noqa: PLC0415
 
+    def guarded(x: FloatArray) -> tuple[float, FloatArray]:
+        # A trajectory may run to where numbers overflow; there the density is zero and the step is rejected as divergent.
+        with np.errstate(all="ignore"):
+            try:
+                value, gradient = log_density(x)
+            except np.linalg.LinAlgError:
+                return -np.inf, np.zeros(len(x))
+        if not (np.isfinite(value) and np.isfinite(gradient).all()):
+            return -np.inf, np.zeros(len(x))
+        return value, gradient
+
     def initial_point(seed: int) -> FloatArray:
         return np.asarray(start + np.random.default_rng(seed).uniform(-0.3, 0.3, len(start)))
 
@@ -107,7 +118,7 @@ def run_nuts(
 
         runnable = from_pyfunc(
             len(start),
-            lambda: log_density,
+            lambda: guarded,
             lambda *_: expand,
             [np.dtype("float64")],
             [(len(start),)],
