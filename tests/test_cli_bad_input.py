@@ -310,6 +310,16 @@ def test_delays_need_requests(tmp_path: Path, outputs: Path):
     assert "holds no requests.parquet" in fit_refused(store, outputs, "--quantity", "queue_delay")
 
 
+@pytest.mark.parametrize("column", ["waiting_requests", "kv_usage"])
+def test_delays_need_the_columns_of_their_features(tmp_path: Path, outputs: Path, column: str):
+    store = donor_store(tmp_path)
+    requests = pd.read_parquet(store / DONOR / "requests.parquet")
+    requests.drop(columns=column).to_parquet(store / DONOR / "requests.parquet")
+    message = fit_refused(store, outputs, "--quantity", "queue_delay")
+    assert f"needs the column(s) {column}" in message
+    assert DONOR in message
+
+
 def test_requests_with_clocks_that_disagree(tmp_path: Path, outputs: Path):
     store = donor_store(tmp_path)
     requests = pd.read_parquet(store / DONOR / "requests.parquet")

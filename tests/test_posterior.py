@@ -174,6 +174,24 @@ def test_intervals_are_ordered(seed: int, count: int) -> None:
         assert (table["sd_s"] > table["sd_mean_s"]).all()
 
 
+def test_rows_outside_the_support_are_nil_everywhere(posterior: LatencyPosterior) -> None:
+    """A set that describes half of the rows predicts zero, without error, for the other half; blocks average both."""
+    halved = replace(TINY, name="halved", support=lambda frame, _: frame["decode_tokens"].to_numpy() > 100)
+    half = replace(posterior, feature_set=halved)
+    frame, own, blocks = steps(200), THREE[0], np.repeat(np.arange(4), 50)
+    inside = frame["decode_tokens"].to_numpy() > 100
+    assert 20 < inside.sum() < 180
+    whole, predicted = posterior.predict(frame, own), half.predict(frame, own)
+    pd.testing.assert_frame_equal(predicted[inside], whole[inside])
+    assert (predicted[~inside] == 0).all(axis=None)
+    np.testing.assert_allclose(half.expected_s(frame, own), np.where(inside, whole["mean_s"], 0.0))
+    means = half.predict_block_means(frame, own, blocks)
+    np.testing.assert_allclose(means["mean_s"], predicted["mean_s"].groupby(blocks).mean())
+    assert (means["sd_s"] < posterior.predict_block_means(frame, own, blocks)["sd_s"]).all()
+    nothing = half.predict_block_means(frame[~inside], own, np.zeros((~inside).sum(), dtype=int))
+    assert (nothing.drop(columns="rows") == 0).all(axis=None)
+
+
 def test_the_scale_of_errors_has_a_floor(posterior: LatencyPosterior) -> None:
     expected: NDArray[np.float64] = np.array([-1.0, 0.0, 5e-4, 2e-3])
     np.testing.assert_array_equal(posterior.scale_s(expected, THREE[0]), [1e-3, 1e-3, 1e-3, 2e-3])

@@ -224,12 +224,7 @@ class FeatureSet:
         InputError
             If a trace column is missing or a feature is not finite somewhere; both are named.
         """
-        missing = [c for c in self.columns if c not in frame.columns]
-        if missing:
-            raise InputError(
-                f"feature set {self.name!r} ({self.quantity}) needs the column(s) {', '.join(missing)}; found "
-                f"{', '.join(map(str, frame.columns))}. Add them, or choose a feature set that does without"
-            )
+        self._require_columns(frame, configuration)
         design = np.empty((len(frame), len(self.varying)))
         for k, feature in enumerate(self.varying):
             column = np.asarray(feature.compute(frame, configuration), dtype=float)
@@ -242,10 +237,25 @@ class FeatureSet:
             design[:, k] = column * feature.reference
         return design
 
+    def _require_columns(self, frame: pd.DataFrame, configuration: ServingConfiguration) -> None:
+        missing = [c for c in self.columns if c not in frame.columns]
+        if missing:
+            raise InputError(
+                f"feature set {self.name!r} ({self.quantity}) needs the column(s) {', '.join(missing)}; the rows of "
+                f"{configuration.config_id!r} have {', '.join(map(str, frame.columns))}. Add them, or choose a feature set that does without"
+            )
+
     def supported(self, frame: pd.DataFrame, configuration: ServingConfiguration) -> NDArray[np.bool_]:
-        """Return which rows the linear model describes, shape (n,)."""
+        """Return which rows the linear model describes, shape (n,).
+
+        Raises
+        ------
+        InputError
+            If there is a support and a trace column is missing.
+        """
         if self.support is None:
             return np.ones(len(frame), dtype=bool)
+        self._require_columns(frame, configuration)
         return np.asarray(self.support(frame, configuration), dtype=bool)
 
     def config_row(self, configuration: ServingConfiguration) -> FloatArray:

@@ -88,6 +88,8 @@ class LatencyPosterior:
     target : str or None
         config_id of the calibrated target; None for a fit of donors alone.
     seed : int
+    calibration_rows : ndarray of int
+        Row numbers, in the frame the target was calibrated from, of its calibration rows; empty for a fit of donors alone.
     """
 
     tree: xr.DataTree
@@ -204,10 +206,15 @@ class LatencyPosterior:
             return np.asarray(total)
         return np.asarray(np.sqrt(1.0 - self.draws_of("hardware_share"))[:, None] * total)
 
+    def _design(self, frame: pd.DataFrame, configuration: ServingConfiguration) -> tuple[FloatArray, NDArray[np.bool_]]:
+        """Return the design of rows, zero outside the feature set's support, and which rows it supports."""
+        supported = self.feature_set.supported(frame, configuration)
+        return np.where(supported[:, None], self.feature_set.design(frame, configuration), 0.0), supported
+
     def expected_s(self, frame: pd.DataFrame, configuration: ServingConfiguration, seed: int = 0) -> FloatArray:
-        """Return the posterior mean of the expected value of each row, shape (n,), in seconds."""
-        draws = self.draws(configuration, seed)
-        return np.asarray(self.feature_set.design(frame, configuration) @ draws.mean)
+        """Return the posterior mean of the expected value of each row, shape (n,), in seconds; `mean_s` of `predict`."""
+        design, _ = self._design(frame, configuration)
+        return np.asarray(design @ self.draws(configuration, seed).mean)
 
     def scale_s(self, expected_s: FloatArray, configuration: ServingConfiguration) -> FloatArray:
         """Return the scale s that errors are relative to, shape (n,): the expected value or the floor, the larger."""
@@ -236,9 +243,9 @@ class LatencyPosterior:
             If columns are missing or not finite.
         """
         draws = self.draws(configuration, seed)
-        design = self.feature_set.design(frame, configuration)
+        design, supported = self._design(frame, configuration)
         expected = design @ draws.mean
-        scale = self.scale_s(expected, configuration)
+        scale = np.where(supported, self.scale_s(expected, configuration), 0.0)
         rng = np.random.default_rng([seed, 1])
         error_sd = np.hypot(draws.sigma, draws.omega)
         out = {name: np.empty(len(frame)) for name in PREDICTION_COLUMNS}
@@ -255,14 +262,12 @@ class LatencyPosterior:
                 low, middle, high = np.quantile(values, _QUANTILES, axis=0)
                 out[f"q2.5{suffix}"][part], out[f"q50{suffix}"][part] = low, middle
                 out[f"q97.5{suffix}"][part] = high
-        table = pd.DataFrame(out, index=frame.index)
-        table.loc[~self.feature_set.supported(frame, configuration)] = 0.0
-        return table
+        return pd.DataFrame(out, index=frame.index)
 
     def predict_block_means(
         self, frame: pd.DataFrame, configuration: ServingConfiguration, blocks: NDArray[np.int64], *, seed: int = 0
     ) -> pd.DataFrame:
-        """Predict the mean of each block of rows, which share one drift.
+        """Predict the mean of each block of rows, which share one drift; rows outside the feature set's support count as zero.
 
         Returns
         -------
@@ -270,8 +275,8 @@ class LatencyPosterior:
             `rows`, `mean_s`, `sd_s`, `q2.5_s`, `q97.5_s` of the mean over the block of new observations.
         """
         draws = self.draws(configuration, seed)
-        design = self.feature_set.design(frame, configuration)
-        scale = self.scale_s(design @ draws.mean, configuration)
+        design, supported = self._design(frame, configuration)
+        scale = np.where(supported, self.scale_s(design @ draws.mean, configuration), 0.0)
         numbers, index, counts = np.unique(blocks, return_inverse=True, return_counts=True)
         mean_design = np.zeros((len(numbers), design.shape[1]))
         np.add.at(mean_design, index, design)
@@ -289,7 +294,7 @@ class LatencyPosterior:
         )
 
     def coefficient_table(self) -> pd.DataFrame:
-        """Return every coefficient with level, unit, formula, posterior mean, sd, 95 % interval and P(< 0).
+        """Return every coefficient with level, unit, posterior mean, sd, 95 % interval and P(< 0).
 
         In physical units (the reference multiplied in). Rows: population coefficients, then each configuration's own.
         """
