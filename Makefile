@@ -34,6 +34,10 @@ $(VENV)/.installed-lint: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[lint]'
 	@touch $@
 
+$(VENV)/.installed-bench: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
+	@touch $@
+
 demo: $(VENV)/.installed
 	$(BIN)/hfdtl-bayes demo --out reports/demo
 
@@ -50,7 +54,7 @@ lint: $(VENV)/.installed-lint
 typecheck: $(VENV)/.installed-lint
 	$(BIN)/mypy
 
-bench: $(VENV)/.installed-test
+bench: $(VENV)/.installed-bench
 	$(BIN)/python benchmarks/gpu_accuracy.py $(SHARED)/gpu_steps
 	$(BIN)/python benchmarks/interval_coverage.py $(SHARED)/vllm_cpu $(SHARED)/gpu_steps
 
