@@ -128,7 +128,7 @@ def main() -> None:
     store = str(arguments.store)
     targets = [c for c in TraceStore(store).config_ids if c not in DONORS][: arguments.targets]
     started = time.perf_counter()
-    # Fitted here first, so that the compiled model is on disk before the workers want it.
+    # Fitted here first, so that workers that are forked find the donors in the cache.
     donors(store, 0)
     rows: list[dict[str, object]] = []
     with ProcessPoolExecutor(arguments.jobs) as pool:

@@ -44,7 +44,7 @@ def export(
     as_json: AsJson = False,
 ) -> None:
     """Export the coefficients of one configuration to BLIS's trained-physics backend, checked."""
-    from hfdtl_bayes.cli.traces import WatchedStore, configuration_of  # noqa: PLC0415  (PyMC loads on first use)
+    from hfdtl_bayes.cli.traces import WatchedStore, configuration_of  # noqa: PLC0415  (loaded on first use)
     from hfdtl_bayes.export import blis_flags, blis_vectors, blis_yaml, write_text  # noqa: PLC0415
     from hfdtl_bayes.model import LatencyPosterior  # noqa: PLC0415
     from hfdtl_bayes.traces import drop_warmup, read_steps  # noqa: PLC0415
@@ -88,6 +88,6 @@ def _alpha0(watched: WatchedStore | None, configuration: ServingConfiguration) -
         return 0.0
     delay = idle_api_delay_s(requests)
     if delay is None:
-        say("fewer than five requests found the engine idle: alpha0 is exported as 0")
+        say("no arrivals, or fewer than five requests that found the engine idle: alpha0 is exported as 0")
         return 0.0
     return delay

@@ -20,7 +20,7 @@ Engine = Annotated[
     str, typer.Option("--engine", help="exact (coefficients integrated out) or pymc (the PyMC model): the same posterior.")
 ]
 
-# The defaults of SamplerSettings, repeated because importing it would load PyMC for --help; a test keeps them equal.
+# The defaults of SamplerSettings, repeated because importing it would load ArviZ for --help; a test keeps them equal.
 DRAWS, TUNE, CHAINS = 500, 300, 4
 
 

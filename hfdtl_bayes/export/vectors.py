@@ -34,9 +34,6 @@ FEATURE_OF_BETA = {
 IN_MICROSECONDS = ("b5", "b6", "b7", "b8")
 """Betas in microseconds per layer, request, step and MoE layer; the others are factors on a time at peak."""
 
-CONSTANT_HERE = ("b3", "b5", "b8")
-"""Betas whose basis does not vary within a configuration: exported as 0, their time stands in b7."""
-
 MICRO = 1e6
 
 

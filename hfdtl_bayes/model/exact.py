@@ -12,9 +12,10 @@ the other:
     N_h = I + W (sum_c G1_c) W      Lambda = I + sum_c F_c' G1_c F_c - sum_h H_h' W N_h^-1 W H_h,    F_c = A_c S,  H_h = sum_c G1_c F_c
 
 which gives log p(rows | psi). Its gradient is the posterior mean of the gradient of the complete-data log density (Fisher's
-identity), so only second moments of eta, omega and theta are needed. Nothing is divided by a scale that may be small, so
-a group sd near zero is harmless where samplers of the coefficients get stuck. NUTS moves in psi alone (about two dozen smooth
-dimensions, no compilation); then (beta, gamma, delta, w, theta) are drawn from their exact conditional.
+identity), so only second moments of eta, omega and theta are needed. Group sds are divided by each other only, never into a
+number that does not shrink with them, so one near zero is harmless where samplers of the coefficients get stuck. NUTS moves in
+psi alone (about two dozen smooth dimensions, no compilation); then (beta, gamma, delta, w, theta) are drawn from their exact
+conditional.
 
 The elimination is that of Gaussian hierarchical models in general: Lindley & Smith (1972), doi:10.1111/j.2517-6161.1972.tb00885.x.
 """

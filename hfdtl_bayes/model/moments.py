@@ -1,4 +1,4 @@
-"""Moment estimates of noise and drift: where samplers start."""
+"""Moment estimates of noise and drift: where samplers start, and how rows are weighed before anything is sampled."""
 
 from __future__ import annotations
 

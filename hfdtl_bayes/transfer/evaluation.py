@@ -41,10 +41,11 @@ class HeldOut:
     mean_uncertainty : float
         Median over rows of the relative sd of the expected value: how much the coefficients leave open.
     by_regime : DataFrame
-        rows, mape, bias, coverage, block_coverage per regime.
+        rows, mape, rmse_s, bias, coverage, block_coverage per regime.
     block_errors : DataFrame
-        Per block: regime, rows, sum of absolute percentage errors and of squared errors, whether its mean lies inside its interval:
-        what the block bootstrap resamples.
+        Per block: `regime`; `rows` that count for the MAPE and `error`, the sum of their absolute percentage errors; `size`, all
+        rows, and `squared`, the sum of their squared errors; whether its mean lies `inside` its interval. What the block bootstrap
+        resamples.
     """
 
     rows: int
@@ -75,8 +76,9 @@ def percentage_errors(observed: FloatArray, predicted: FloatArray) -> FloatArray
 def attainable_mape(error_sd: float) -> float:
     """Return the mean absolute percentage error of the true mean itself, as a fraction, when errors have this relative sd.
 
-    For observations lognormal around their mean with coefficient of variation cv, E|m / y - 1| = exp(s^2) (2 Phi(3 s / 2) - 1) - (2
-    Phi(s / 2) - 1), s^2 = log(1 + cv^2): about 0.8 cv for small cv. No model can do better.
+    For observations lognormal around their mean with coefficient of variation cv, E|m / y - 1| = exp(s^2) (2 Phi(3 s / 2) - 1) -
+    (2 Phi(s / 2) - 1), s^2 = log(1 + cv^2): about 0.8 cv for small cv. No prediction of the mean can do better; one below the
+    mean, made for this score, can by a little.
     """
     s = float(np.sqrt(np.log1p(error_sd**2)))
     return float(np.exp(s**2) * (2 * norm.cdf(1.5 * s) - 1) - (2 * norm.cdf(0.5 * s) - 1))
