@@ -12,7 +12,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -93,7 +93,7 @@ class DemoResult:
                 "input_hash": posterior.input_hash,
                 "calibration": {"regimes": s.regimes_seen, **_extent(s.calibration)},
                 "held_out": {"regimes": s.regimes_judged, **_extent(s.held_out)},
-                "convergence": {name: _diagnostics(p) for name, p in (("donors", self.donors), ("target", posterior))},
+                "convergence": {name: asdict(p.convergence()) for name, p in (("donors", self.donors), ("target", posterior))},
                 "verdict": s.verdict.as_dict(),
                 "comparison": {
                     "by_regime": s.comparison.table().reset_index().to_dict(orient="records"),
@@ -111,18 +111,6 @@ class DemoResult:
 
 def _extent(rows: pd.DataFrame) -> dict[str, Any]:
     return {"rows": len(rows), "first_step": int(rows["step_id"].min()), "last_step": int(rows["step_id"].max())}
-
-
-def _diagnostics(posterior: LatencyPosterior) -> dict[str, Any]:
-    found = posterior.convergence()
-    return {
-        "passed": found.passed,
-        "rhat": found.rhat,
-        "ess_bulk": found.ess_bulk,
-        "ess_tail": found.ess_tail,
-        "divergences": found.divergences,
-        "draws": found.draws,
-    }
 
 
 class _Clock:
@@ -170,7 +158,7 @@ def run_demo(out: Path, *, seed: int = 0, show_progress: bool = True, settings: 
         If `out` cannot be written.
     """
     clock = _Clock(show_progress)
-    with clock.stage("import", "loading PyMC, ArviZ and matplotlib"):
+    with clock.stage("import", "loading ArviZ, nutpie and matplotlib"):
         from hfdtl_bayes.model.posterior import package_version  # noqa: PLC0415  (loading is a stage of its own, and timed)
         from hfdtl_bayes.report import TargetSummary, compare, summary_page  # noqa: PLC0415
         from hfdtl_bayes.sample import DONORS, TARGET, sample_store_path  # noqa: PLC0415

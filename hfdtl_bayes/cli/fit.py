@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -34,7 +35,7 @@ def fit(
     as_json: AsJson = False,
 ) -> None:
     """Fit the population of configurations to donors with rich traces."""
-    from hfdtl_bayes.cli.traces import WatchedStore  # noqa: PLC0415  (PyMC loads on first use)
+    from hfdtl_bayes.cli.traces import WatchedStore  # noqa: PLC0415  (loaded on first use)
     from hfdtl_bayes.model import SamplerSettings  # noqa: PLC0415
     from hfdtl_bayes.transfer import fit_donors  # noqa: PLC0415
 
@@ -73,7 +74,7 @@ def calibrate(
     as_json: AsJson = False,
 ) -> None:
     """Calibrate a target: a few of its rows, with the donors' posterior as its prior."""
-    from hfdtl_bayes.cli.traces import WatchedStore, calibration_rows  # noqa: PLC0415  (PyMC loads on first use)
+    from hfdtl_bayes.cli.traces import WatchedStore, calibration_rows  # noqa: PLC0415  (loaded on first use)
     from hfdtl_bayes.model import LatencyPosterior, SamplerSettings  # noqa: PLC0415
     from hfdtl_bayes.transfer import calibrate as calibrate_target  # noqa: PLC0415
     from hfdtl_bayes.transfer import read_trace, usable_rows  # noqa: PLC0415
@@ -97,7 +98,7 @@ def calibrate(
 
 def _finish(posterior: LatencyPosterior, watched: WatchedStore, out: Path, described: str, *, as_json: bool) -> None:
     """Save a posterior, account for rejected rows, and show what was found."""
-    from hfdtl_bayes.cli.traces import write_rejected  # noqa: PLC0415  (PyMC loads on first use)
+    from hfdtl_bayes.cli.traces import write_rejected  # noqa: PLC0415  (loaded on first use)
 
     with writing(out):
         posterior.save(out)
@@ -118,14 +119,7 @@ def _finish(posterior: LatencyPosterior, watched: WatchedStore, out: Path, descr
         **rejected,
         "seed": posterior.seed,
         "input_hash": posterior.input_hash,
-        "convergence": {
-            "passed": convergence.passed,
-            "rhat": convergence.rhat,
-            "ess_bulk": convergence.ess_bulk,
-            "ess_tail": convergence.ess_tail,
-            "divergences": convergence.divergences,
-            "draws": convergence.draws,
-        },
+        "convergence": asdict(convergence),
         "coefficients": table.to_dict(orient="records"),
     }
     kind = f"{posterior.feature_set.quantity}, features {posterior.feature_set.name}"

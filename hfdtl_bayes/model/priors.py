@@ -10,9 +10,8 @@ from numpy.typing import NDArray
 from scipy.stats import beta
 
 from hfdtl_bayes.errors import InputError
-from hfdtl_bayes.features import FeatureSet
+from hfdtl_bayes.features import FeatureSet, PriorRange
 
-_Z90 = 1.6448536269514722
 FloatArray = NDArray[np.float64]
 
 
@@ -34,15 +33,19 @@ class PositiveRange:
         if not (0 < self.low < self.high and np.isfinite(self.high)):
             raise InputError(f"range ({self.low}, {self.high}): give two positive numbers, the lower one first")
 
+    @property
+    def _logarithms(self) -> PriorRange:
+        return PriorRange(np.log(self.low), np.log(self.high))
+
     @cached_property
     def log_mean(self) -> float:
         """Mean of the logarithm."""
-        return float(0.5 * (np.log(self.low) + np.log(self.high)))
+        return float(self._logarithms.mean)
 
     @cached_property
     def log_sd(self) -> float:
         """Standard deviation of the logarithm."""
-        return float((np.log(self.high) - np.log(self.low)) / (2 * _Z90))
+        return float(self._logarithms.sd)
 
 
 @dataclass(frozen=True)
