@@ -124,7 +124,6 @@ class _Solved:
     population_inverse: FloatArray
     population_mean: FloatArray
     gram: FloatArray
-    centred_target: FloatArray
 
 
 class ExactDensity:
@@ -223,18 +222,21 @@ class ExactDensity:
         gram = (weight[..., None, :] @ self._flat_gram)[..., 0, :].reshape(*weight.shape[:-1], k, k)
         target = (weight[..., None, :] @ self.info.target)[..., 0, :]
         square = (weight * self.info.square).sum(axis=-1)
-        moved = (gram @ self.offset[..., None])[..., 0]
-        square = square - (self.offset * (2 * target - moved)).sum(axis=-1)
-        target = target - moved
         column, row = own_sd[..., None, :, None], own_sd[..., None, None, :]
         own = identity + column * gram * row
         own_inverse = np.linalg.inv(own)
         shrink = column * own_inverse / row
         reduced = gram @ shrink
         reduced = 0.5 * (reduced + _t(reduced))
-        reduced_target = (_t(shrink) @ target[..., None])[..., 0]
-        scaled_target = own_sd[..., None, :] * target
-        explained = (scaled_target * (own_inverse @ scaled_target[..., None])[..., 0]).sum(axis=-1)
+        # The step from the reference to the prior's centre is made after eta is eliminated. Before, it would be of the size of
+        # the information itself, and a log density of a few digits would be left of the difference.
+        kept_target = (_t(shrink) @ target[..., None])[..., 0]
+        moved = (reduced @ self.offset[..., None])[..., 0]
+        reduced_target = kept_target - moved
+        own_target = own_sd[..., None, :] * target
+        explained = (own_target * (own_inverse @ own_target[..., None])[..., 0]).sum(axis=-1)
+        explained = explained + (self.offset * (2 * kept_target - moved)).sum(axis=-1)
+        scaled_target = own_sd[..., None, :] * (target - (gram @ self.offset[..., None])[..., 0])
         # Hardware: sums over its configurations.
         flat = reduced.reshape(*reduced.shape[:-2], k * k)
         summed = (self.membership @ flat).reshape(*flat.shape[:-2], len(self.membership), k, k)
@@ -266,7 +268,7 @@ class ExactDensity:
         )
         return _Solved(
             log_density, variance, own_inverse, shrink, scaled_target, hardware_inverse, inner, inner_target,
-            population_inverse, population, gram, target,
+            population_inverse, population, gram,
         )  # fmt: skip
 
     def log_density(self, x: FloatArray) -> tuple[float, FloatArray]:
