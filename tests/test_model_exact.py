@@ -28,6 +28,7 @@ from simulation import (
     hardware_of,
     loading,
     simulate,
+    tiny_features,
 )
 
 from hfdtl_bayes.errors import InputError, StatisticsError
@@ -38,6 +39,8 @@ from hfdtl_bayes.statistics import ConfigStatistics, Stratum
 FloatArray = NDArray[np.float64]
 
 K = len(TINY.varying)
+FEW = SamplerSettings(draws=50, tune=50, chains=2)
+
 PROBLEMS = {
     "three configurations, two hardware": simulate(1),
     "one configuration": simulate(2, THREE[:1], rows=(50,)),
@@ -97,7 +100,7 @@ def test_gradient_is_that_of_the_density(name: str) -> None:
     for x in points(density, 11, count=3):
         value, gradient = density.log_density(x)
         step = 1e-4
-        rounding = 3e-5 + 20 * np.finfo(float).eps * abs(value) / step
+        rounding = 1e-5 + 20 * np.finfo(float).eps * abs(value) / step
         for i in range(density.size):
             high, low = x.copy(), x.copy()
             high[i] += step
@@ -187,6 +190,42 @@ def test_the_effects_of_hardware_are_their_scores_times_their_sd() -> None:
     values = density.draw(x, np.random.default_rng(0))
     sd = np.sqrt(values["hardware_share"])[:, None] * values["tau"] * density.scale
     np.testing.assert_allclose(values["hardware_effect"], sd[:, None] * values["hardware_effect_z"], rtol=1e-12)
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1024.0, 1e6])
+@pytest.mark.parametrize("which", range(4))
+def test_units_change_numbers_but_no_meaning(which: int, scale: float) -> None:
+    """Another reference of one feature, its prior restated: the same density, the same coefficients in physical units."""
+    references = [2e-5, 1e-4, 2e-3, 5e-3]
+    changed = [r * scale if i == which else r for i, r in enumerate(references)]
+    data = PROBLEMS["three configurations, two hardware"]
+    other = replace(data, features=tiny_features(references=changed))
+    one, two = engine(data), engine(other)
+    for x in points(one, 31, count=2):
+        (value, gradient), (other_value, other_gradient) = one.log_density(x), two.log_density(x)
+        assert other_value == pytest.approx(value, rel=1e-9)
+        np.testing.assert_allclose(other_gradient, gradient, rtol=1e-6, atol=1e-6)
+        coefficients, others = (d.draw(x[None], np.random.default_rng(0))["population"][0] for d in (one, two))
+        np.testing.assert_allclose(others * changed, coefficients * references, rtol=1e-6)
+        thetas = [
+            d.draw(x[None], np.random.default_rng(0))["theta"][0] * f.references for d, f in ((one, TINY), (two, other.features))
+        ]
+        np.testing.assert_allclose(thetas[1], thetas[0], rtol=1e-6)
+
+
+def test_rows_without_noise_are_fitted() -> None:
+    data = PROBLEMS["three configurations, two hardware"]
+    frames = tuple(f.assign(step_time_s=TINY.design(f, c) @ [1.1, 0.9, 1.5]) for f, c in zip(data.frames, THREE, strict=True))
+    noiseless = replace(data, frames=frames)
+    density = engine(noiseless)
+    for x in [density.start, *points(density, 32, count=3)]:
+        value, gradient = density.log_density(x)
+        assert np.isfinite(value)
+        assert np.isfinite(gradient).all()
+    # In a few steps per draw: a density of few digits would send NUTS through its longest paths.
+    tree = sample_exact(noiseless.statistics, TINY, PriorSettings(), FEW, show_progress=False)
+    assert float(tree["sample_stats"]["n_steps"].mean()) < 60
+    np.testing.assert_allclose(tree["posterior"]["theta"].mean(("chain", "draw")), np.tile([1.1, 0.9, 1.5], (3, 1)), rtol=1e-5)
 
 
 # --- Limits, against sixty digits. ---
@@ -363,7 +402,7 @@ def test_density_and_gradient_are_right_in_the_limits(name: str) -> None:
         last = x
     # The prior's constants differ from those of the engine by one number, that of any other problem of this size.
     constant = prior_constant(density, data.priors)
-    np.testing.assert_allclose(np.array(values) - constant, expected, rtol=1e-10, atol=1e-5)
+    np.testing.assert_allclose(np.array(values) - constant, expected, rtol=1e-12, atol=1e-6)
     _, gradient = density.log_density(last)
     prior_gradient = prior_slope(density, last, data.priors)
     step = "1e-12"
@@ -435,9 +474,6 @@ def test_density_equals_the_dense_one_on_any_problem(seed: int, rows: list[int],
 
 
 # --- The sampled posterior's outward form. ---
-
-
-FEW = SamplerSettings(draws=50, tune=50, chains=2)
 
 
 def test_a_fit_has_the_names_and_dimensions_of_the_layout() -> None:
