@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from hfdtl_bayes.configuration import ServingConfiguration
 from hfdtl_bayes.errors import ExportError
-from hfdtl_bayes.export.projection import closest_in_metric, closest_predictions, own_prior
+from hfdtl_bayes.export.projection import closest_in_metric, closest_predictions
 from hfdtl_bayes.export.vectors import (
     BETA_LABELS,
     FEATURE_OF_BETA,
@@ -30,6 +30,7 @@ from hfdtl_bayes.export.vectors import (
 )
 from hfdtl_bayes.features import FeatureSet, feature_set, operating_points
 from hfdtl_bayes.model import LatencyPosterior
+from hfdtl_bayes.statistics import own_prior
 
 FloatArray = NDArray[np.float64]
 

@@ -10,23 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import nnls
 
-from hfdtl_bayes.configuration import ServingConfiguration
-from hfdtl_bayes.features import FeatureSet
-from hfdtl_bayes.statistics import config_to_constant
-
 FloatArray = NDArray[np.float64]
-
-
-def own_prior(feature_set: FeatureSet, configuration: ServingConfiguration) -> tuple[FloatArray, FloatArray]:
-    """Return prior mean and sd of a configuration's own coefficients, shapes (K,), config features folded into the constant."""
-    mean = np.array([f.prior.mean for f in feature_set.varying])
-    sd = np.array([f.prior.sd for f in feature_set.varying])
-    if feature_set.config:
-        row = config_to_constant(feature_set, configuration)
-        constant = len(feature_set.base)
-        mean[constant] += float(row @ [f.prior.mean for f in feature_set.config])
-        sd[constant] = float(np.hypot(sd[constant], np.linalg.norm(row * [f.prior.sd for f in feature_set.config])))
-    return mean, sd
 
 
 def closest_predictions(

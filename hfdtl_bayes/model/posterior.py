@@ -174,12 +174,16 @@ class LatencyPosterior:
         rng = np.random.default_rng([seed, zlib.crc32(configuration.config_id.encode())])
         centre = self.population_draws(configuration)
         theta = centre + self.deviation_sd(configuration) * rng.standard_normal(centre.shape)
+        return Draws(theta, centre.mean(axis=0), *self.new_errors(rng), False)
 
-        def new_scale(name: str) -> FloatArray:
+    def new_errors(self, rng: np.random.Generator) -> tuple[FloatArray, FloatArray]:
+        """Return draws of sigma and omega of a configuration drawn from the population, shapes (S,)."""
+
+        def drawn(name: str) -> FloatArray:
             spread = self.draws_of(f"{name}_spread")
             return np.asarray(self.draws_of(f"{name}_typical") * np.exp(spread * rng.standard_normal(spread.shape)))
 
-        return Draws(theta, centre.mean(axis=0), new_scale("sigma"), new_scale("omega"), False)
+        return drawn("sigma"), drawn("omega")
 
     def _hardware(self, configuration: ServingConfiguration) -> int | None:
         """Return the index of a configuration's hardware among those fitted; None if it is new."""

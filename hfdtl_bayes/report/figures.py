@@ -20,12 +20,13 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
+from scipy.stats import norm
 
 from hfdtl_bayes.configuration import ServingConfiguration
 from hfdtl_bayes.features import operating_points
 from hfdtl_bayes.model import LatencyPosterior
 from hfdtl_bayes.report.comparison import ALL, CALIBRATED, RIDGE, SCRATCH, ZERO_SHOT, block_means
-from hfdtl_bayes.statistics import DEFAULT_BLOCK_LENGTH, config_to_constant
+from hfdtl_bayes.statistics import DEFAULT_BLOCK_LENGTH, own_prior
 
 PALETTE: dict[str, str] = {
     "ink": "#1f2430",
@@ -370,14 +371,8 @@ def coefficient_intervals(posterior: LatencyPosterior, config_id: str) -> pd.Dat
     c = posterior.config_ids.index(config_id)
     theta = posterior.draws_of("theta")
     centre = posterior.population_draws(configuration)
-    prior_mean = np.array([f.prior.mean for f in features.varying])
-    prior_variance = np.array([f.prior.sd**2 for f in features.varying])
-    if features.config:
-        weights = config_to_constant(features, configuration)
-        constant = len(features.base)
-        prior_mean[constant] += weights @ np.array([f.prior.mean for f in features.config])
-        prior_variance[constant] += weights**2 @ np.array([f.prior.sd**2 for f in features.config])
-    half = 1.6448536269514722 * np.sqrt(prior_variance)
+    prior_mean, prior_sd = own_prior(features, configuration)
+    half = norm.ppf(0.95) * prior_sd
     out = pd.DataFrame(index=list(features.coef_names), dtype=float)
     out["prior_low"], out["prior_high"] = prior_mean - half, prior_mean + half
     for kind, draws in (("population", centre), ("own", theta[:, c])):

@@ -1,7 +1,7 @@
 """Column-scaled QR sufficient statistics with drift blocks."""
 
 from hfdtl_bayes.statistics.files import input_hash, statistics_from_dataset, statistics_to_dataset
-from hfdtl_bayes.statistics.pilot import config_to_constant, constant_s, pilot_coefficients, row_scale
+from hfdtl_bayes.statistics.pilot import config_to_constant, constant_s, own_prior, pilot_coefficients, row_scale
 from hfdtl_bayes.statistics.sufficient import (
     DEFAULT_BLOCK_LENGTH,
     ConfigStatistics,
@@ -19,6 +19,7 @@ __all__ = [
     "config_to_constant",
     "constant_s",
     "input_hash",
+    "own_prior",
     "pilot_coefficients",
     "pseudo_rows",
     "row_scale",

@@ -21,12 +21,16 @@ FloatArray = NDArray[np.float64]
 _PILOT_SIGMA = 0.1
 
 
-def prior_mean_coefficients(feature_set: FeatureSet, configuration: ServingConfiguration) -> FloatArray:
-    """Return the prior mean of a configuration's own coefficients, shape (K,), config features folded into the constant."""
+def own_prior(feature_set: FeatureSet, configuration: ServingConfiguration) -> tuple[FloatArray, FloatArray]:
+    """Return prior mean and sd of a configuration's own coefficients, shapes (K,), config features folded into the constant."""
     mean = np.array([f.prior.mean for f in feature_set.varying])
-    config = np.array([f.prior.mean for f in feature_set.config])
-    mean[len(feature_set.base)] += float(config_to_constant(feature_set, configuration) @ config)
-    return mean
+    sd = np.array([f.prior.sd for f in feature_set.varying])
+    if feature_set.config:
+        row = config_to_constant(feature_set, configuration)
+        constant = len(feature_set.base)
+        mean[constant] += float(row @ [f.prior.mean for f in feature_set.config])
+        sd[constant] = float(np.hypot(sd[constant], np.linalg.norm(row * [f.prior.sd for f in feature_set.config])))
+    return mean, sd
 
 
 def constant_s(feature_set: FeatureSet, configuration: ServingConfiguration) -> float:
@@ -61,7 +65,7 @@ def pilot_coefficients(
     ndarray, shape (K,)
     """
     floor = feature_set.noise_floor(configuration)
-    mean = prior_mean_coefficients(feature_set, configuration)
+    mean, _ = own_prior(feature_set, configuration)
     sd = np.array([f.prior.sd for f in feature_set.varying])
     # A configuration's own coefficient is the population's plus a deviation of about its own size.
     sd = np.hypot(sd, 0.5 * np.abs(mean))

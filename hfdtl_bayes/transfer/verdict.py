@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 from scipy.stats import binom
 
 from hfdtl_bayes.configuration import ServingConfiguration
@@ -213,7 +212,7 @@ def verdict(
             f"{conflict.coefficient} stands out most, by {conflict.z:.1f} sds"
         )
         checks.append(Check("kinship with the donors", conflict.p_value >= settings.conflict_level, message))
-        spread = float(np.quantile(_population_error_sd(posterior, seed), 0.975))
+        spread = float(np.quantile(np.hypot(*posterior.new_errors(np.random.default_rng([seed, 4]))), 0.975))
         message = f"relative error sd {own_sd:.1%}; 97.5 % of the donors' population lie below {spread:.1%}"
         checks.append(Check("noise like the donors'", own_sd <= spread, message))
     in_sample = None
@@ -260,14 +259,3 @@ def _decide(
         f"Calibrate on traffic like {worst!r}, where the error is largest ({float(held_out.by_regime['mape'].max()):.1%}): "
         f"as many rows again ({rows}) from there.",
     )
-
-
-def _population_error_sd(posterior: LatencyPosterior, seed: int) -> NDArray[np.float64]:
-    """Return draws of the relative error sd, noise and drift together, of a new configuration, shape (S,)."""
-    rng = np.random.default_rng([seed, 4])
-
-    def drawn(name: str) -> NDArray[np.float64]:
-        spread = posterior.draws_of(f"{name}_spread")
-        return np.asarray(posterior.draws_of(f"{name}_typical") * np.exp(spread * rng.standard_normal(len(spread))))
-
-    return np.hypot(drawn("sigma"), drawn("omega"))
