@@ -92,7 +92,7 @@ def test_the_file_says_what_it_is(posterior: LatencyPosterior, path: Path) -> No
     assert header["rows"] == {"one": 12_000, "two": 12_000, "three": 12_000}
     assert header["features"]["prefill"]["unit"] == "token"
     assert header["features"]["prefill"]["reference"] == 2e-5
-    assert header["priors"]["deviation"] == {"low": 0.1, "high": 0.6}
+    assert header["priors"]["deviation"] == {"low": 0.15, "high": 0.7}
     assert (header["seed"], header["input_hash"]) == (5, posterior.input_hash)
 
 
