@@ -210,12 +210,15 @@ def test_calibration_rows(tmp_path: Path, outputs: Path):
 def test_verdict_without_a_target_or_rows(tmp_path: Path, outputs: Path):
     assert "no calibrated target" in refused(outputs, "verdict", chain().donors, STORE, "--json")
     assert f"calibrated for {TARGET!r}" in refused(outputs, "verdict", chain().target, STORE, "--config", DONOR)
-    # A store with nothing but the regimes calibrated on leaves no row to judge with.
     store = tmp_path / "store"
     shutil.copytree(STORE / TARGET, store / TARGET)
     steps = steps_of(TARGET)
-    steps[steps["regime"].isin(["warmup", "calib"])].to_parquet(store / TARGET / "steps.parquet")
+    # A recording that ends with the last row calibrated on leaves no row to judge with; one that ends before is another.
+    last = int((steps["regime"] != "warmup").cumsum().searchsorted(300))
+    steps.iloc[: last + 1].to_parquet(store / TARGET / "steps.parquet")
     assert "none is left to judge with" in refused(outputs, "verdict", chain().target, store)
+    steps.iloc[:last].to_parquet(store / TARGET / "steps.parquet")
+    assert "is not the one it was calibrated on: 299 of its 300" in refused(outputs, "verdict", chain().target, store)
 
 
 def test_thresholds_that_mean_nothing(outputs: Path):

@@ -25,6 +25,7 @@ from hfdtl_bayes.model import LatencyPosterior
 from hfdtl_bayes.report import ALL, answer, block_mean_figure, coefficient_figure, coefficient_intervals, figure_svg, summary_page
 from hfdtl_bayes.report.comparison import CALIBRATED, RIDGE, SCRATCH, ZERO_SHOT
 from hfdtl_bayes.sample import DONORS, TARGET, sample_store_path
+from hfdtl_bayes.statistics import DEFAULT_BLOCK_LENGTH
 from hfdtl_bayes.traces import TraceStore, drop_warmup
 from hfdtl_bayes.transfer import Outcome
 
@@ -104,7 +105,7 @@ def test_rows_judged_share_no_block_with_rows_calibrated_on(demo: DemoResult, re
     assert {"load0.85", "load1.2", "load2.0"} <= set(judged["regime"]) == set(results["held_out"]["regimes"])
 
     def blocks(frame: pd.DataFrame) -> set[tuple[str, int]]:
-        return set(zip(frame["regime"], frame["step_id"] // 50, strict=True))
+        return set(zip(frame["regime"], frame["step_id"] // DEFAULT_BLOCK_LENGTH, strict=True))
 
     assert not blocks(used) & blocks(judged)
     assert not set(used["step_id"]) & set(judged["step_id"])
@@ -376,7 +377,10 @@ def test_block_means_are_drawn_as_measured_and_predicted(demo: DemoResult, narro
     assert overlapping(figure) == []
     (axes,) = figure.axes
     drawn = np.sort(np.concatenate([c.get_offsets()[:, 1] for c in axes.collections if type(c).__name__ == "PathCollection"]))
-    own = [f.groupby([f["regime"], f["step_id"] // 50], sort=False)["step_time_s"].mean() for f in (s.calibration, s.held_out)]
+    own = [
+        f.groupby([f["regime"], f["step_id"] // DEFAULT_BLOCK_LENGTH], sort=False)["step_time_s"].mean()
+        for f in (s.calibration, s.held_out)
+    ]
     np.testing.assert_allclose(drawn, np.sort(1e3 * np.concatenate(own)))
     assert "(ms)" in axes.get_ylabel()
     assert axes.get_ylim()[1] > drawn.max()
