@@ -22,7 +22,7 @@ import pandas as pd
 
 from hfdtl_bayes.configuration import ServingConfiguration
 from hfdtl_bayes.features import feature_set
-from hfdtl_bayes.model import LatencyPosterior, SamplerSettings
+from hfdtl_bayes.model import ConvergenceSettings, LatencyPosterior, SamplerSettings
 from hfdtl_bayes.traces import TraceStore, drop_warmup
 from hfdtl_bayes.transfer import calibrate, calibrate_ridge, fit_donors, fit_ridge_donors, scratch_coefficients
 
@@ -34,6 +34,8 @@ DONORS = (
 RANDOM_N = (25, 100, 500)
 SHIFT_N = 50
 SETTINGS = SamplerSettings(draws=300, tune=250, chains=2)
+CONVERGENCE = ConvergenceSettings(max_rhat=1.03, min_ess=100)
+"""Short runs, since only means are scored: a hundred effective draws leave them a tenth of a posterior sd."""
 BAYESIAN = ("roofline", "hfdtl")
 
 
@@ -86,8 +88,9 @@ def judge(store: str, target: str, seed: int) -> list[dict[str, object]]:
 
     rows: list[dict[str, object]] = []
 
-    def score(split: Split, name: str, method: str, predicted: np.ndarray) -> None:
-        rows.append({"target": target, "seed": seed, "split": name, "method": method, "mape": mape(predicted, split.test)})
+    def score(split: Split, name: str, method: str, predicted: np.ndarray, converged: bool | None = None) -> None:
+        error = mape(predicted, split.test)
+        rows.append({"target": target, "seed": seed, "split": name, "method": method, "mape": error, "converged": converged})
 
     for split in splits(frame, seed):
         if split.name in (f"random n={RANDOM_N[0]}", f"shift n={SHIFT_N}"):
@@ -97,7 +100,8 @@ def judge(store: str, target: str, seed: int) -> list[dict[str, object]]:
             score(split, name, "ridge recipe", ridge.predict_s(split.test, configuration))
         for f in BAYESIAN:
             fitted = calibrate(fits[f], split.train, configuration, settings=SETTINGS, seed=seed, show_progress=False)
-            score(split, split.name, f"{f} Bayesian", fitted.expected_s(split.test, configuration))
+            passed = fitted.convergence(CONVERGENCE).passed
+            score(split, split.name, f"{f} Bayesian", fitted.expected_s(split.test, configuration), passed)
         recipe = calibrate_ridge(ridge, split.train, configuration)
         score(split, split.name, "ridge recipe", recipe.predict_s(split.test, configuration))
         for f in BAYESIAN:
@@ -141,6 +145,8 @@ def main() -> None:
     if arguments.out:
         results.to_csv(arguments.out, index=False)
     print(table(results).round(2).to_markdown())
+    checked = results["converged"].dropna()
+    print(f"\n{int(checked.sum())} of {len(checked)} calibrations converged (R-hat <= 1.03, ESS >= 100)")
 
 
 if __name__ == "__main__":

@@ -14,21 +14,16 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import cache
 from pathlib import Path
 
+import gpu_accuracy
 import pandas as pd
 
+from hfdtl_bayes import sample
 from hfdtl_bayes.model import LatencyPosterior, SamplerSettings
 from hfdtl_bayes.statistics import DEFAULT_BLOCK_LENGTH
 from hfdtl_bayes.traces import TraceStore, drop_warmup, split_by_blocks
 from hfdtl_bayes.transfer import calibrate, evaluate, fit_donors
 
-DONORS = {
-    "vllm_cpu": ("c01_llama-s_base", "c11_moe_base", "c13_qwen-s_base"),
-    "gpu_steps": (
-        "llama3-8b_h100-sxm_tp1_vllm0.24.0",
-        "mixtral-8x7b_h100-sxm_tp2_vllm0.24.0",
-        "llama3-8b_a100-sxm_tp1_vllm0.14.0",
-    ),
-}
+DONORS = {"vllm_cpu": sample.DONORS, "gpu_steps": gpu_accuracy.DONORS}
 SETTINGS = SamplerSettings(draws=400, tune=250, chains=2)
 
 
@@ -67,6 +62,9 @@ def main() -> None:
     parser.add_argument("--targets", type=int, default=None, help="judge only the first N targets of each store")
     parser.add_argument("--out", type=Path, default=None, help="write every score as CSV")
     arguments = parser.parse_args()
+    unknown = [str(p) for p in arguments.stores if p.name not in DONORS]
+    if unknown:
+        parser.error(f"no donors are set for {', '.join(unknown)}; the stores known are {', '.join(DONORS)}")
     work = []
     with ProcessPoolExecutor(arguments.jobs) as pool:
         for path in arguments.stores:

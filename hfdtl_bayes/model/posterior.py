@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from hfdtl_bayes.configuration import ServingConfiguration
 from hfdtl_bayes.errors import HfdtlError, InputError, MissingInputError, PosteriorFileError, UnknownNameError
 from hfdtl_bayes.features import FeatureSet, feature_set
-from hfdtl_bayes.model.diagnostics import Convergence, convergence
+from hfdtl_bayes.model.diagnostics import Convergence, ConvergenceSettings, convergence
 from hfdtl_bayes.model.exact import sample_exact
 from hfdtl_bayes.model.layout import check_posterior, hardware_names, in_order
 from hfdtl_bayes.model.nuts import SamplerSettings
@@ -125,9 +125,9 @@ class LatencyPosterior:
         values = self.tree["posterior"][name].to_numpy()
         return np.asarray(values.reshape(-1, *values.shape[2:]), dtype=float)
 
-    def convergence(self) -> Convergence:
-        """Return the sampler's diagnostics."""
-        return convergence(self.tree)
+    def convergence(self, settings: ConvergenceSettings | None = None) -> Convergence:
+        """Return the sampler's diagnostics, judged by `settings`."""
+        return convergence(self.tree, settings)
 
     def configuration(self, config_id: str) -> ServingConfiguration:
         """Return a fitted configuration.

@@ -47,7 +47,8 @@ class VerdictSettings:
     """Below this share of rows, 95 % intervals are not to be trusted: the error is not only large but unannounced."""
     coverage_level: float = 0.01
     """The blocks inside their intervals must be no fewer than 95 % intervals explain at this level (binomial): with few blocks one
-    miss is no evidence."""
+    miss is no evidence. Blocks share the error of the coefficients, so where the calibration reaches little the test is too
+    strict; the reach is a check of its own."""
     conflict_level: float = 0.001
     """Probability of so unusual a member of the population below which the target is called unlike the donors."""
     max_mean_uncertainty: float = 0.10
@@ -213,7 +214,7 @@ def verdict(
         )
         checks.append(Check("kinship with the donors", conflict.p_value >= settings.conflict_level, message))
         spread = float(np.quantile(np.hypot(*posterior.new_errors(np.random.default_rng([seed, 4]))), 0.975))
-        message = f"relative error sd {own_sd:.1%}; 97.5 % of the donors' population lie below {spread:.1%}"
+        message = f"relative error sd {own_sd:.1%}; 97.5 % of configurations like these lie below {spread:.1%}"
         checks.append(Check("noise like the donors'", own_sd <= spread, message))
     in_sample = None
     if calibration_rows is not None and len(calibration_rows):
