@@ -111,6 +111,49 @@ def test_a_file_that_cannot_be_used_gives_one_error(change: Callable[[pd.DataFra
     assert "store/a/requests.parquet" in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("absent", "message"),
+    [
+        (["first_token_s"], "time of service, finished_s - scheduled_s"),
+        (["first_token_s", "cached_tokens"], "time of service, finished_s - scheduled_s"),
+        (["finished_s"], "time to the first token, first_token_s - scheduled_s"),
+        (["finished_s", "output_tokens"], "time to the first token, first_token_s - scheduled_s"),
+    ],
+)
+@pytest.mark.parametrize(("factor", "ending"), [(1e3, "given as seconds"), (1e-3, "Times must be in seconds")])
+def test_a_wrong_unit_shows_in_whatever_times_are_known(absent: list[str], message: str, factor: float, ending: str) -> None:
+    frame = requests().drop(columns=absent)
+    assert len(validate(frame).frame) == 20
+    wrong = frame.assign(**{c: frame[c] * factor for c in TIMES if c in frame})
+    with pytest.raises(InputError, match=f"{message}.*{ending}"):
+        validate(wrong)
+
+
+def test_long_waits_and_short_answers_to_long_prompts_are_seconds() -> None:
+    # Overload: minutes in the queue. Summaries: 30,000 tokens of prompt and one of answer, served in 8 s.
+    frame = requests().drop(columns="first_token_s").assign(prompt_tokens=30_000, output_tokens=1)
+    frame["scheduled_s"] = frame["queued_s"] + 600.0
+    frame["finished_s"] = frame["scheduled_s"] + 8.0
+    assert len(validate(frame).frame) == 20
+
+
+def test_prompts_from_the_prefix_cache_cost_nothing() -> None:
+    caching = CONFIGURATION.model_copy(update={"engine": CONFIGURATION.engine.model_copy(update={"prefix_caching": True})})
+    frame = requests().drop(columns="first_token_s").assign(prompt_tokens=30_000, output_tokens=2)
+    # 30,000 tokens of 16 GFLOP take half a second at an H100's peak.
+    frame["finished_s"] = frame["scheduled_s"] + 0.05
+    with pytest.raises(InputError, match="time of service"):
+        validate_requests(frame.assign(cached_tokens=0), caching)
+    for accepted in (frame.assign(cached_tokens=29_984), frame.drop(columns="cached_tokens")):
+        assert len(validate_requests(accepted, caching).frame) == 20
+
+
+def test_aborted_requests_are_not_judged() -> None:
+    frame = requests().drop(columns="first_token_s").assign(output_tokens=0)
+    frame["finished_s"] = frame["scheduled_s"]
+    assert len(validate(frame).frame) == 20
+
+
 def test_requests_to_predict_need_no_clocks() -> None:
     frame = requests().drop(columns=[*TIMES, "request_id"])
     assert len(validate(frame, observed=False).frame) == 20
@@ -154,3 +197,27 @@ def test_every_recorded_request_validates_and_a_wrong_unit_is_refused(shared_dat
             wrong = table.frame.assign(**{c: table.frame[c] * factor for c in TIMES})
             with pytest.raises(InputError, match="time per output token"):
                 validate_requests(wrong, store.configuration(config_id), config_id)
+
+
+@pytest.mark.parametrize(
+    "absent", [["first_token_s"], ["first_token_s", "cached_tokens"], ["finished_s", "output_tokens"]], ids="+".join
+)
+def test_recorded_requests_without_some_times_validate_and_a_wrong_unit_is_refused(shared_data: Path, absent: list[str]) -> None:
+    store = TraceStore(shared_data / "vllm_cpu")
+    for config_id in store.config_ids:
+        configuration = store.configuration(config_id)
+        frame = store.requests(config_id).frame.drop(columns=absent, errors="ignore")
+        assert validate_requests(frame, configuration, config_id).rejected.empty
+        for factor in (1e-6, 1e-3, 1e3, 1e6):
+            wrong = frame.assign(**{c: frame[c] * factor for c in TIMES if c in frame})
+            with pytest.raises(InputError, match=r"time of service|time to the first token"):
+                validate_requests(wrong, configuration, config_id)
+
+
+def test_waits_alone_tell_no_unit(shared_data: Path) -> None:
+    store = TraceStore(shared_data / "vllm_cpu")
+    for config_id in store.config_ids:
+        frame = store.requests(config_id).frame.drop(columns=["first_token_s", "finished_s", "output_tokens"])
+        # A wait of microseconds on an idle engine and one of minutes under overload are both real.
+        wrong = frame.assign(**{c: frame[c] * 1e3 for c in TIMES if c in frame})
+        assert len(validate_requests(wrong, store.configuration(config_id), config_id).frame) == len(frame)

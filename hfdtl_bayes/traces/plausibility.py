@@ -123,6 +123,62 @@ def impossible_steps(
     ]
 
 
+@dataclass(frozen=True)
+class _Span:
+    """A time of every request that the hardware bounds, NaN where it is not known.
+
+    `least_s` is the shortest the hardware allows; `steps` the work done, in steps that read the weights once, and `per_step` what
+    to call their quotient.
+    """
+
+    name: str
+    per_step: str
+    time_s: FloatArray
+    least_s: FloatArray
+    steps: FloatArray
+
+
+def _request_spans(frame: pd.DataFrame, configuration: ServingConfiguration, settings: ValidationSettings) -> list[_Span]:
+    unknown = np.full(len(frame), np.nan)
+
+    def column(name: str) -> FloatArray:
+        return frame[name].to_numpy(dtype=float) if name in frame.columns else unknown
+
+    floor, per_token = weight_loading_floor_s(configuration), prefill_floor_s_per_token(configuration)
+    scheduled, first, finished = column("scheduled_s"), column("first_token_s"), column("finished_s")
+    prompt, output = column("prompt_tokens"), column("output_tokens")
+    # An aborted request gained nothing, so nothing bounds it; the tokens of one that says nothing are not known.
+    finished = np.where(output < 1, np.nan, finished)
+    between = np.where(output > 1, output - 1, np.nan)
+    # Without knowing what the prefix cache spared, a prompt may have cost nothing.
+    spared = column("cached_tokens") if configuration.engine.prefix_caching else np.zeros(len(frame))
+    prefill_s = per_token * np.nan_to_num(prompt - spared)
+    prefill_steps = per_token * prompt / floor
+    return [
+        _Span(
+            "time per output token, (finished_s - first_token_s) / (output_tokens - 1),",
+            "time per output token",
+            (finished - first) / between,
+            np.where(between > 0, floor / settings.most_tokens_per_step, np.nan),
+            np.ones(len(frame)),
+        ),
+        _Span(
+            "time of service, finished_s - scheduled_s,",
+            "time of service, finished_s - scheduled_s, per output token and the prompt's equivalent of one,",
+            finished - scheduled,
+            np.maximum(floor * np.fmax(output / settings.most_tokens_per_step, 1), prefill_s),
+            output + prefill_steps,
+        ),
+        _Span(
+            "time to the first token, first_token_s - scheduled_s,",
+            "time to the first token, first_token_s - scheduled_s, per step and the prompt's equivalent of one,",
+            first - scheduled,
+            np.maximum(floor, prefill_s),
+            1 + prefill_steps,
+        ),
+    ]
+
+
 def check_request_times(
     frame: pd.DataFrame,
     usable: BoolArray,
@@ -130,33 +186,34 @@ def check_request_times(
     source: Path,
     settings: ValidationSettings = SETTINGS,
 ) -> None:
-    """Refuse a file of requests whose times cannot be seconds, judged by the time per output token where it is known.
+    """Refuse a file of requests whose times cannot be seconds, judged by every span whose columns are known.
 
-    (finished_s - first_token_s) / (output_tokens - 1) is one step per token, or per `most_tokens_per_step` tokens.
+    Between first and last token lies one step per token, or per `most_tokens_per_step` tokens; from scheduling to the first token
+    lies one step at least, and the FLOPs of the computed prompt tokens at peak; from scheduling to the end lie both. The waits before
+    are not judged: an idle engine schedules within microseconds, an overloaded one after minutes. A file with these alone is
+    accepted in any unit.
 
     Raises
     ------
     InputError
-        If most requests are faster than the weights can be read, or the typical one is far too slow.
+        If most requests are faster than the hardware allows, or the typical one is far too slow.
     """
-    if not {"first_token_s", "finished_s", "output_tokens"} <= set(frame.columns):
-        return
-    tokens = frame["output_tokens"].to_numpy(dtype=float)
-    with np.errstate(invalid="ignore"):
-        known = usable & (tokens > 1)
-        span = (frame["finished_s"] - frame["first_token_s"]).to_numpy(dtype=float)
-        per_token = (span[known] / (tokens[known] - 1))[np.isfinite(span[known])]
-    if not len(per_token):
-        return
     floor = weight_loading_floor_s(configuration)
-    share = float(np.mean(per_token < settings.slack * floor / settings.most_tokens_per_step))
-    if share > settings.impossible_share:
-        raise InputError(
-            f"{source}: the time per output token, (finished_s - first_token_s) / (output_tokens - 1), lies far below the time "
-            f"to read the weights once ({_ms(floor)} on {configuration.hardware.name}) in {share:.0%} of requests (median "
-            f"{_ms(float(np.median(per_token)))}). Times must be in seconds"
-        )
-    _refuse_long(float(np.median(per_token)), floor, "time per output token", source, settings)
+    for span in _request_spans(frame, configuration, settings):
+        known = usable & np.isfinite(span.time_s) & np.isfinite(span.least_s)
+        if not known.any():
+            continue
+        share = float(np.mean(span.time_s[known] < settings.slack * span.least_s[known]))
+        if share > settings.impossible_share:
+            raise InputError(
+                f"{source}: the {span.name} lies far below what {configuration.hardware.name} allows in {share:.0%} of requests: "
+                f"median {_ms(float(np.median(span.time_s[known])))}, where {_ms(float(np.median(span.least_s[known])))} is the "
+                f"least and reading the weights once takes {_ms(floor)}. Times must be in seconds"
+            )
+        counted = known & np.isfinite(span.steps)
+        if counted.any():
+            per_step = float(np.median(span.time_s[counted] / span.steps[counted]))
+            _refuse_long(per_step, floor, span.per_step, source, settings)
 
 
 def check_share_of_one(frame: pd.DataFrame, column: str, source: Path, settings: ValidationSettings = SETTINGS) -> None:
