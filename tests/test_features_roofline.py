@@ -201,6 +201,26 @@ def test_experts_read_and_multiplied() -> None:
         np.testing.assert_array_equal(formula(many, DENSE), 0.0)
 
 
+def test_data_parallel_engines_share_the_experts_and_nothing_else() -> None:
+    """Four engines of two GPUs: 4 * 6 tokens choose among the experts, an eighth of whose bytes each GPU reads."""
+    frame = _batch(prefill=4, decode=2, requests=1, pairs=8, context=90)
+    alone, many = (_configuration(EXPERTS, tensor_parallel=2, data_parallel=dp) for dp in (1, 4))
+    hit = physics.distinct_experts(np.array([24.0]), MOE, 0.8)
+    np.testing.assert_allclose(physics.expert_weight_read_s(frame, many), hit * 384 / 8 / 1e11)
+    # 6 tokens an engine, 24 in all, on four times the GPUs.
+    np.testing.assert_allclose(physics.expert_gemm_s(frame, many), 2 * 2 * 24 * 96 * 2 / 8 / 1e12)
+    by_expert = many.model_copy(update={"engine": many.engine.model_copy(update={"expert_parallel": True})})
+    for name in STEP_TIME.coef_names:
+        one, four, whole = (np.asarray(STEP_TIME[name].compute(frame, c)) for c in (alone, many, by_expert))
+        np.testing.assert_array_equal(four, whole)
+        # Reading fewer bytes hides less and leaves more beyond them.
+        if name not in {"expert_weight_read", "expert_gemm_hidden", "gemm_excess"}:
+            np.testing.assert_array_equal(one, four, err_msg=name)
+    dense = [_configuration(tensor_parallel=2, data_parallel=dp) for dp in (1, 4)]
+    np.testing.assert_array_equal(*(STEP_TIME.design(frame, c) for c in dense))
+    assert physics.reference_step_s(dense[0]) == physics.reference_step_s(dense[1])
+
+
 def test_expert_excess_has_the_limits_of_the_dense_one() -> None:
     frame = _batch(prefill=1000)
     compute_bound = _configuration(EXPERTS, {"memory_bandwidth": 1e17})
@@ -406,6 +426,9 @@ def test_the_reference_step_is_weights_at_three_quarters_of_bandwidth_and_the_ho
     assert physics.reference_step_s(MOE) == pytest.approx((attention + 8 * 384) / 0.75e11 + host, rel=1e-12)
     one = _configuration(EXPERTS | {"num_experts_per_token": 1}, tensor_parallel=2)
     assert physics.reference_step_s(one) == pytest.approx((attention + 4 * 384) / 2 / 0.75e11 + host, rel=1e-12)
+    # Of two engines eight tokens' worth, over the GPUs of both.
+    two = _configuration(EXPERTS | {"num_experts_per_token": 1, "num_experts": 64}, data_parallel=2)
+    assert physics.reference_step_s(two) == pytest.approx((attention + 8 * 384 / 2) / 0.75e11 + host, rel=1e-12)
 
 
 @pytest.mark.parametrize("quantity", ["queue_delay", "api_delay"])

@@ -132,9 +132,7 @@ def smooth_max(a: FloatArray, b: FloatArray | float, sharpness: float) -> FloatA
     return (a**sharpness + b**sharpness) ** (1.0 / sharpness)
 
 
-def dense_gemm_excess_s(
-    frame: pd.DataFrame, configuration: ServingConfiguration, settings: RooflineSettings = SETTINGS
-) -> FloatArray:
+def dense_gemm_excess_s(frame: pd.DataFrame, configuration: ServingConfiguration) -> FloatArray:
     """Dense GEMM time beyond the reading of the weights, in ideal compute seconds, shape (n,).
 
     For each GEMM: e_c * (smoothmax(F / (e_c P), M / (e_m W)) - M_w / (e_m W)), with F the FLOPs, M the bytes of weights and
@@ -146,11 +144,11 @@ def dense_gemm_excess_s(
     excess = np.zeros(len(frame))
     for g in dense_gemms(configuration):
         rows = requests if g.per_request else tokens
-        compute = 2.0 * rows * g.inner * g.outer / peak / settings.compute_efficiency
-        weights = g.inner * g.outer * g.bytes_per_param / width / settings.memory_efficiency
-        activations = rows * (g.inner + g.outer) * 2.0 / width / settings.memory_efficiency
-        excess += g.count * (smooth_max(compute, weights + activations, settings.sharpness) - weights)
-    return excess * settings.compute_efficiency
+        compute = 2.0 * rows * g.inner * g.outer / peak / SETTINGS.compute_efficiency
+        weights = g.inner * g.outer * g.bytes_per_param / width / SETTINGS.memory_efficiency
+        activations = rows * (g.inner + g.outer) * 2.0 / width / SETTINGS.memory_efficiency
+        excess += g.count * (smooth_max(compute, weights + activations, SETTINGS.sharpness) - weights)
+    return excess * SETTINGS.compute_efficiency
 
 
 def hidden_s(work_s: FloatArray, excess_s: FloatArray) -> FloatArray:
@@ -203,20 +201,38 @@ def distinct_experts(tokens: FloatArray, configuration: ServingConfiguration, sk
     return np.asarray((1.0 - (1.0 - q)[None, :] ** unique[:, None]).sum(axis=1)[inverse])
 
 
-def expert_weight_read_s(
-    frame: pd.DataFrame, configuration: ServingConfiguration, settings: RooflineSettings = SETTINGS
-) -> FloatArray:
-    """Time to read the routed experts a step hits, at peak bandwidth, shape (n,); zero for a dense model."""
+def expert_group(configuration: ServingConfiguration) -> int:
+    """Return the number of GPUs that share the routed experts: tp * dp, with or without expert parallelism.
+
+    The data-parallel engines of vLLM each run their own steps on their own requests, but those of a mixture of experts keep
+    in step and split the experts between all their GPUs: a slice of every expert for each GPU, or, with expert parallelism,
+    whole experts, which on average are the same bytes and FLOPs per GPU
+    (https://docs.vllm.ai/en/latest/serving/data_parallel_deployment/). Everything else is replicated per engine.
+    """
+    return configuration.engine.tensor_parallel * configuration.engine.data_parallel
+
+
+def expert_weight_read_s(frame: pd.DataFrame, configuration: ServingConfiguration) -> FloatArray:
+    """Time to read the routed experts a step hits, at peak bandwidth, shape (n,); zero for a dense model.
+
+    distinct_experts(dp * tokens) * MoE layers * expert_params * bytes_per_param / (tp * dp) / memory_bandwidth. A row is the
+    step of one engine; the others, which run in step with it and send their tokens to the same experts, are taken to
+    have batches of the same size.
+    """
     llm = configuration.llm
     if not llm.num_moe_layers:
         return np.zeros(len(frame))
-    hit = distinct_experts(batch_tokens(frame), configuration, settings.routing_skew)
+    tokens = configuration.engine.data_parallel * batch_tokens(frame)
+    hit = distinct_experts(tokens, configuration, SETTINGS.routing_skew)
     size = llm.num_moe_layers * llm.expert_params * llm.weight_bytes_per_param
-    return hit * size / configuration.engine.tensor_parallel / configuration.hardware.memory_bandwidth
+    return hit * size / expert_group(configuration) / configuration.hardware.memory_bandwidth
 
 
 def expert_gemm_s(frame: pd.DataFrame, configuration: ServingConfiguration) -> FloatArray:
-    """Routed-expert GEMM time at peak FLOP/s: 2 * k * tokens * expert_params * MoE layers / (tp * peak), shape (n,)."""
+    """Routed-expert GEMM time at peak FLOP/s: 2 * k * tokens * expert_params * MoE layers / (tp * peak), shape (n,).
+
+    Data parallelism leaves it as it is: dp engines send their tokens, batches of the same size, to dp times as many GPUs.
+    """
     llm = configuration.llm
     if not llm.num_moe_layers:
         return np.zeros(len(frame))
@@ -224,27 +240,24 @@ def expert_gemm_s(frame: pd.DataFrame, configuration: ServingConfiguration) -> F
     return flops / configuration.engine.tensor_parallel / peak_flops(configuration)
 
 
-def expert_gemm_excess_s(
-    frame: pd.DataFrame, configuration: ServingConfiguration, settings: RooflineSettings = SETTINGS
-) -> FloatArray:
+def expert_gemm_excess_s(frame: pd.DataFrame, configuration: ServingConfiguration) -> FloatArray:
     """As `dense_gemm_excess_s` for the grouped GEMMs of the routed experts: all together, against the experts that are hit, shape (n,)."""
     if not configuration.llm.num_moe_layers:
         return np.zeros(len(frame))
-    compute = expert_gemm_s(frame, configuration) / settings.expert_compute_efficiency
-    read = expert_weight_read_s(frame, configuration, settings) / settings.memory_efficiency
-    return (smooth_max(compute, read, settings.sharpness) - read) * settings.expert_compute_efficiency
+    compute = expert_gemm_s(frame, configuration) / SETTINGS.expert_compute_efficiency
+    read = expert_weight_read_s(frame, configuration) / SETTINGS.memory_efficiency
+    return (smooth_max(compute, read, SETTINGS.sharpness) - read) * SETTINGS.expert_compute_efficiency
 
 
-def gemm_excess_s(frame: pd.DataFrame, configuration: ServingConfiguration, settings: RooflineSettings = SETTINGS) -> FloatArray:
+def gemm_excess_s(frame: pd.DataFrame, configuration: ServingConfiguration) -> FloatArray:
     """Time of all GEMMs beyond the reading of weights, in ideal compute seconds of a dense GEMM, shape (n,).
 
     dense_gemm_excess_s + expert_gemm_excess_s * compute_efficiency / expert_compute_efficiency. One column, not two: while the
     experts are compute-bound the dense layers are a small share of nearly the same shape, and a coefficient of their own would
     take any misfit of the experts' for itself and carry it to dense models.
     """
-    slower = settings.compute_efficiency / settings.expert_compute_efficiency
-    dense = dense_gemm_excess_s(frame, configuration, settings)
-    return dense + slower * expert_gemm_excess_s(frame, configuration, settings)
+    slower = SETTINGS.compute_efficiency / SETTINGS.expert_compute_efficiency
+    return dense_gemm_excess_s(frame, configuration) + slower * expert_gemm_excess_s(frame, configuration)
 
 
 def prefill_attention_s(frame: pd.DataFrame, configuration: ServingConfiguration) -> FloatArray:
@@ -324,11 +337,13 @@ def host_overheads(configuration: ServingConfiguration) -> HostOverheads:
 def reference_step_s(configuration: ServingConfiguration) -> float:
     """Return a rough decode step from the configuration alone: weights read at 75 % of peak bandwidth plus host time, in seconds.
 
-    It is the unit in which queueing features are expressed, so that their coefficients transfer.
+    Of the routed experts those of four tokens per engine, min(E, 4 k dp) / (tp dp) per GPU. It is the unit in which queueing
+    features are expressed, so that their coefficients transfer.
     """
     llm = configuration.llm
     host = host_overheads(configuration)
-    experts = llm.num_moe_layers * llm.expert_params * min(llm.num_experts, 4 * max(llm.num_experts_per_token, 1))
-    expert_bytes = experts * llm.weight_bytes_per_param / configuration.engine.tensor_parallel
+    hit = min(llm.num_experts, 4 * configuration.engine.data_parallel * max(llm.num_experts_per_token, 1))
+    experts = llm.num_moe_layers * llm.expert_params * hit
+    expert_bytes = experts * llm.weight_bytes_per_param / expert_group(configuration)
     read = weight_read_s(configuration) + expert_bytes / configuration.hardware.memory_bandwidth
     return read / 0.75 + llm.num_layers * host.layer_s + host.step_s

@@ -16,40 +16,16 @@ times the ideal ring; a mixture of experts adds a router, a top-k, a sort and tw
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
 from hfdtl_bayes.configuration import ServingConfiguration, weight_loading_floor_s
 from hfdtl_bayes.features import physics
-from hfdtl_bayes.features.feature import Feature, FeatureSet, Level, PriorRange, Quantity
+from hfdtl_bayes.features.feature import Feature, FeatureSet, Level, PriorRange, Quantity, constant_column, one, rows
 
 _TOKENS = ("prefill_tokens", "decode_tokens")
 _REQUESTS = ("prefill_requests", "decode_requests")
-_Rows = Callable[[pd.DataFrame, ServingConfiguration], NDArray[np.float64]]
-_One = Callable[[ServingConfiguration], float]
-
-
-def rows(formula: _Rows) -> Callable[[pd.DataFrame | None, ServingConfiguration], NDArray[np.float64]]:
-    """Adapt a formula over rows to the signature of `Feature.compute`."""
-
-    def compute(frame: pd.DataFrame | None, configuration: ServingConfiguration) -> NDArray[np.float64]:
-        assert frame is not None
-        return formula(frame, configuration)
-
-    return compute
-
-
-def one(formula: _One) -> Callable[[pd.DataFrame | None, ServingConfiguration], float]:
-    """Adapt a formula over the configuration alone to the signature of `Feature.compute`."""
-    return lambda _frame, configuration: formula(configuration)
-
-
-def constant_column(size: _One) -> Callable[[pd.DataFrame | None, ServingConfiguration], NDArray[np.float64]]:
-    """Return a formula that is `size(configuration)` in every row."""
-    return rows(lambda frame, configuration: np.full(len(frame), size(configuration)))
 
 
 STEP_TIME = FeatureSet(
@@ -72,7 +48,7 @@ STEP_TIME = FeatureSet(
             rows(physics.gemm_excess_s), PriorRange(0.9, 1.7), _TOKENS + _REQUESTS,
         ),
         Feature(
-            "expert_weight_read", Level.BASE, "s", "bytes of the expected distinct routed experts / tp / bandwidth",
+            "expert_weight_read", Level.BASE, "s", "expected bytes of the routed experts hit by dp * tokens / (tp * dp) / bandwidth",
             rows(physics.expert_weight_read_s), PriorRange(0.7, 1.9), _TOKENS,
         ),
         Feature(
