@@ -22,7 +22,7 @@ from cli_runs import FEW_DRAWS, STORE, TARGET_STEPS, calibrate_target, chain, co
 import hfdtl_bayes
 from hfdtl_bayes.cli import options
 from hfdtl_bayes.cli.verdict import verdict as verdict_command
-from hfdtl_bayes.features.response import response
+from hfdtl_bayes.features import response
 from hfdtl_bayes.model import LatencyPosterior, SamplerSettings
 from hfdtl_bayes.sample import DONORS, TARGET
 from hfdtl_bayes.traces import TraceStore, drop_warmup

@@ -10,8 +10,7 @@ import pandas as pd
 import pytest
 
 from hfdtl_bayes.errors import InputError, UnknownNameError
-from hfdtl_bayes.features import FeatureSet, feature_set, feature_set_names, register_feature_set, registry
-from hfdtl_bayes.features.response import response
+from hfdtl_bayes.features import FeatureSet, feature_set, feature_set_names, register_feature_set, registry, response
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from hfdtl_bayes.features.feature import QUANTITIES, Feature, FeatureSet, Level, PriorRange, Quantity
 from hfdtl_bayes.features.operating_points import operating_points
 from hfdtl_bayes.features.registry import feature_set, feature_set_names, register_feature_set
+from hfdtl_bayes.features.response import response
 
 __all__ = [
     "QUANTITIES",
@@ -15,4 +16,5 @@ __all__ = [
     "feature_set_names",
     "operating_points",
     "register_feature_set",
+    "response",
 ]

@@ -21,9 +21,8 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from hfdtl_bayes.configuration import ServingConfiguration, weight_loading_floor_s
-from hfdtl_bayes.features.feature import Feature, FeatureSet, Level, PriorRange
+from hfdtl_bayes.features.feature import Feature, FeatureSet, Level, PriorRange, constant_column, one, rows
 from hfdtl_bayes.features.physics import batch_requests, batch_tokens
-from hfdtl_bayes.features.roofline import constant_column, one, rows
 
 FloatArray = NDArray[np.float64]
 _ACTIVATION_BYTES = 2.0

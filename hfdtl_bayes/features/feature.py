@@ -22,6 +22,8 @@ Quantity = Literal["step_time", "queue_delay", "api_delay"]
 QUANTITIES: tuple[Quantity, ...] = ("step_time", "queue_delay", "api_delay")
 
 FloatArray = NDArray[np.float64]
+_Rows = Callable[[pd.DataFrame, ServingConfiguration], FloatArray]
+_One = Callable[[ServingConfiguration], float]
 
 # 5 % and 95 % points of a standard normal: a range that is to hold 90 % of the mass is this many sds wide.
 _Z90 = 1.6448536269514722
@@ -119,6 +121,26 @@ class Feature:
         low, high = self.prior.low * self.reference, self.prior.high * self.reference
         unit = "" if self.coefficient_unit == "1" else f" {self.coefficient_unit}"
         return f"90 % of the population coefficient of {self.name} lies between {low:.3g} and {high:.3g}{unit}"
+
+
+def rows(formula: _Rows) -> Callable[[pd.DataFrame | None, ServingConfiguration], FloatArray]:
+    """Adapt a formula over rows to the signature of `Feature.compute`."""
+
+    def compute(frame: pd.DataFrame | None, configuration: ServingConfiguration) -> FloatArray:
+        assert frame is not None
+        return formula(frame, configuration)
+
+    return compute
+
+
+def one(formula: _One) -> Callable[[pd.DataFrame | None, ServingConfiguration], float]:
+    """Adapt a formula over the configuration alone to the signature of `Feature.compute`."""
+    return lambda _frame, configuration: formula(configuration)
+
+
+def constant_column(size: _One) -> Callable[[pd.DataFrame | None, ServingConfiguration], FloatArray]:
+    """Return a formula that is `size(configuration)` in every row."""
+    return rows(lambda frame, configuration: np.full(len(frame), size(configuration)))
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,7 @@ from numpy.typing import NDArray
 
 from hfdtl_bayes.configuration import ServingConfiguration, weight_loading_floor_s
 from hfdtl_bayes.features import physics
-from hfdtl_bayes.features.feature import Feature, FeatureSet, Level, PriorRange, Quantity
-from hfdtl_bayes.features.roofline import constant_column, one, rows
+from hfdtl_bayes.features.feature import Feature, FeatureSet, Level, PriorRange, Quantity, constant_column, one, rows
 
 
 def _column(frame: pd.DataFrame, name: str) -> NDArray[np.float64]:

@@ -9,8 +9,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from hfdtl_bayes.configuration import ServingConfiguration
-from hfdtl_bayes.features import FeatureSet
-from hfdtl_bayes.features.response import response
+from hfdtl_bayes.features import FeatureSet, response
 from hfdtl_bayes.model import LatencyPosterior
 from hfdtl_bayes.statistics import DEFAULT_BLOCK_LENGTH
 from hfdtl_bayes.traces import time_blocks

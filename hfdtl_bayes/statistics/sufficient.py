@@ -18,8 +18,7 @@ from numpy.typing import NDArray
 
 from hfdtl_bayes.configuration import ServingConfiguration
 from hfdtl_bayes.errors import StatisticsError
-from hfdtl_bayes.features import FeatureSet
-from hfdtl_bayes.features.response import response
+from hfdtl_bayes.features import FeatureSet, response
 from hfdtl_bayes.statistics.pilot import config_to_constant, constant_s, pilot_coefficients, row_scale
 from hfdtl_bayes.traces import time_blocks
 

@@ -16,8 +16,7 @@ from scipy.optimize import nnls
 
 from hfdtl_bayes.configuration import ServingConfiguration
 from hfdtl_bayes.errors import InputError
-from hfdtl_bayes.features import FeatureSet, feature_set
-from hfdtl_bayes.features.response import response
+from hfdtl_bayes.features import FeatureSet, feature_set, response
 
 FloatArray = NDArray[np.float64]
 

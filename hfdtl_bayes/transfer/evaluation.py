@@ -11,7 +11,7 @@ from scipy.stats import norm
 
 from hfdtl_bayes.configuration import ServingConfiguration
 from hfdtl_bayes.errors import InputError
-from hfdtl_bayes.features.response import response
+from hfdtl_bayes.features import response
 from hfdtl_bayes.model import LatencyPosterior
 from hfdtl_bayes.statistics import DEFAULT_BLOCK_LENGTH
 from hfdtl_bayes.traces import time_blocks
