@@ -157,7 +157,9 @@ def test_another_file_format_is_refused(path: Path) -> None:
     refused(path, r"file format 99, written by version 9\.9; this version reads format 1")
 
 
-@pytest.mark.parametrize("name", ["features", "priors", "configs", "input_hash", "seed", "target", "feature_set", "quantity"])
+@pytest.mark.parametrize(
+    "name", ["features", "fingerprint", "priors", "configs", "input_hash", "seed", "target", "feature_set", "quantity"]
+)
 def test_a_header_with_a_hole_is_refused(path: Path, name: str) -> None:
     rewrite_header(path, **{name: ...})
     refused(path, f"not a complete posterior: .*{name}")
@@ -210,6 +212,25 @@ def test_a_feature_that_changed_is_named(path: Path, change: str) -> None:
     prefill, *others = TINY.features
     exchange(replace(TINY, features=(replace(prefill, **CHANGED[change]), *others)))
     refused(path, r"where feature\(s\) prefill of 'tiny' were defined otherwise")
+
+
+def test_a_constant_behind_the_same_text_is_noticed(path: Path) -> None:
+    prefill, *others = TINY.features
+    compute = prefill.compute
+    same = replace(prefill, compute=lambda frame, c: compute(frame, c) * (1 + 1e-9))
+    exchange(replace(TINY, features=(same, *others)))
+    LatencyPosterior.load(path)
+    exchange(replace(TINY, features=(replace(prefill, compute=lambda frame, c: compute(frame, c) * 1.001), *others)))
+    refused(path, r"where feature\(s\) prefill of 'tiny' were defined otherwise")
+    floor = TINY.noise_floor
+    exchange(replace(TINY, noise_floor=lambda c: 2 * floor(c)))
+    refused(path, "noise floor of 'tiny' were defined otherwise")
+
+
+@pytest.mark.parametrize("fingerprint", [None, [], {}, {"prefill": "x"}, {"prefill": [1.0]}])
+def test_a_damaged_fingerprint_is_refused(path: Path, fingerprint: object) -> None:
+    rewrite_header(path, fingerprint=fingerprint)
+    refused(path, "not a complete posterior|were defined otherwise")
 
 
 def test_a_feature_more_or_less_is_named(path: Path) -> None:

@@ -1,6 +1,7 @@
 """Features: names, units, levels, formulas and priors of the columns a latency model is linear in."""
 
 from hfdtl_bayes.features.feature import QUANTITIES, Feature, FeatureSet, Level, PriorRange, Quantity
+from hfdtl_bayes.features.fingerprint import fingerprint, fingerprint_differences
 from hfdtl_bayes.features.operating_points import operating_points
 from hfdtl_bayes.features.registry import feature_set, feature_set_names, register_feature_set
 from hfdtl_bayes.features.response import response
@@ -14,6 +15,8 @@ __all__ = [
     "Quantity",
     "feature_set",
     "feature_set_names",
+    "fingerprint",
+    "fingerprint_differences",
     "operating_points",
     "register_feature_set",
     "response",

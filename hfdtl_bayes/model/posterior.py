@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from hfdtl_bayes.configuration import ServingConfiguration
 from hfdtl_bayes.errors import HfdtlError, InputError, MissingInputError, PosteriorFileError, UnknownNameError
-from hfdtl_bayes.features import FeatureSet, feature_set
+from hfdtl_bayes.features import FeatureSet, feature_set, fingerprint, fingerprint_differences
 from hfdtl_bayes.model.diagnostics import Convergence, ConvergenceSettings, convergence
 from hfdtl_bayes.model.exact import sample_exact
 from hfdtl_bayes.model.layout import check_posterior, hardware_names, in_order
@@ -369,6 +369,7 @@ class LatencyPosterior:
             "feature_set": self.feature_set.name,
             "quantity": self.feature_set.quantity,
             "features": feature_card(self.feature_set),
+            "fingerprint": fingerprint(self.feature_set),
             "priors": asdict(self.priors),
             "donors": list(self.donors),
             "target": self.target,
@@ -388,7 +389,8 @@ class LatencyPosterior:
             If there is no such file.
         PosteriorFileError
             If it is cut short, not a posterior of this package, of another file format, of a feature set that is not
-            registered or has changed, if its statistics do not match their hash, or if its draws do not belong to them.
+            registered or has changed (be it in a constant behind a formula), if its statistics do not match their hash, or if
+            its draws do not belong to them.
         """
         path = Path(path)
         if not path.is_file():
@@ -421,6 +423,8 @@ class LatencyPosterior:
         features = feature_set(header["feature_set"], header["quantity"])
         stored, now = header["features"], feature_card(features)
         changed = sorted(n for n in {*stored, *now} if stored.get(n) != now.get(n))
+        # The formula's text may be the same and a constant in it another.
+        changed = changed or fingerprint_differences(header["fingerprint"], fingerprint(features))
         if changed:
             raise PosteriorFileError(
                 f"{path} was fitted with version {header['package_version']}, where feature(s) {', '.join(changed)} of "
