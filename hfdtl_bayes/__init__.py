@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from hfdtl_bayes.sample import sample_store_path
     from hfdtl_bayes.statistics import statistics_from_rows
     from hfdtl_bayes.traces import TraceStore, read_requests, read_steps, write_store
-    from hfdtl_bayes.transfer import VerdictSettings, calibrate, evaluate, fit_donors, held_out_rows, verdict
+    from hfdtl_bayes.transfer import VerdictSettings, calibrate, evaluate, fit_donors, held_out_rows, usable_rows, verdict
 
 __version__: str
 
@@ -53,6 +53,7 @@ _HOME = {
     "run_demo": "cli.demo",
     "sample_store_path": "sample",
     "statistics_from_rows": "statistics",
+    "usable_rows": "transfer",
     "verdict": "transfer",
     "write_store": "traces",
 }
@@ -87,6 +88,7 @@ __all__ = [
     "run_demo",
     "sample_store_path",
     "statistics_from_rows",
+    "usable_rows",
     "verdict",
     "write_store",
 ]
