@@ -18,8 +18,9 @@ PACKAGE = Path(hfdtl_bayes.__file__).parent
 # What each room may import directly; it may then also import whatever those may. The order of the design, bottom up.
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
+    "files": set(),
     "sample": set(),
-    "configuration": {"errors"},
+    "configuration": {"errors", "files"},
     "traces": {"configuration"},
     "features": {"traces", "configuration"},
     "statistics": {"features", "traces"},

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import stat
 from collections.abc import Iterator
 from dataclasses import replace
@@ -103,7 +102,7 @@ def test_a_file_that_cannot_be_written_leaves_the_old_one(path: Path, monkeypatc
         raise OSError("no space left on device")
 
     # The disk fills up at the last moment.
-    monkeypatch.setattr(os, "fdopen", fail)
+    monkeypatch.setattr(Path, "write_bytes", fail)
     with pytest.raises(OSError, match="no space"):
         three_fitted().save(path)
     assert path.read_bytes() == before

@@ -6,13 +6,13 @@ import json
 import math
 import os
 import sys
-import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hfdtl_bayes.errors import HfdtlError, InputError
+from hfdtl_bayes.files import atomic
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -123,20 +123,9 @@ def writing(path: Path) -> Iterator[None]:
 
 def write_table(frame: pd.DataFrame, path: Path) -> Path:
     """Write a table as Parquet or CSV, by suffix, atomically; returns its path."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}", suffix=".part")
-    os.close(handle)
-    try:
+    with atomic(path) as part:
         if path.suffix == ".csv":
-            frame.to_csv(temporary, index=False)
+            frame.to_csv(part, index=False)
         else:
-            frame.to_parquet(temporary, index=False, compression="zstd")
-        # mkstemp makes private files; a result is to be shared like any other output.
-        umask = os.umask(0)
-        os.umask(umask)
-        Path(temporary).chmod(0o666 & ~umask)
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+            frame.to_parquet(part, index=False, compression="zstd")
     return path

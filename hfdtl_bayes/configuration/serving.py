@@ -17,6 +17,7 @@ from hfdtl_bayes.configuration.hardware import Hardware, gpu
 from hfdtl_bayes.configuration.llm import LLMArchitecture
 from hfdtl_bayes.configuration.quantities import PositiveCount, PositiveQuantity
 from hfdtl_bayes.errors import InputError, MissingInputError, UnknownNameError
+from hfdtl_bayes.files import atomic
 
 VLLM_NAMES: Mapping[str, str] = {
     "tensor_parallel_size": "tensor_parallel",
@@ -260,11 +261,5 @@ def read_configuration(path: str | os.PathLike[str]) -> ServingConfiguration:
 
 def write_configuration(configuration: ServingConfiguration, path: str | os.PathLike[str]) -> None:
     """Write `configuration.yaml` atomically: whole or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
+    with atomic(path) as part:
         part.write_text(yaml.safe_dump(configuration.dump(), sort_keys=False), encoding="utf-8")
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import yaml
 from hfdtl_bayes.configuration import ServingConfiguration
 from hfdtl_bayes.errors import ExportError
 from hfdtl_bayes.export.vectors import BETA_LABELS, BlisVectors, ExportSettings, coefficient_problems
+from hfdtl_bayes.files import atomic
 
 _SECTION = "trained_physics_coefficients"
 _KEYS = ("alpha_coeffs", "beta_coeffs")
@@ -123,17 +123,6 @@ def blis_hardware_config(configuration: ServingConfiguration) -> str:
 def write_text(text: str, path: str | os.PathLike[str]) -> Path:
     """Write a text file atomically; returns its path. A file that was there stays as it was if writing fails."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}", suffix=".part")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as stream:
-            stream.write(text)
-        # mkstemp makes private files; an export is to be shared like any other output.
-        umask = os.umask(0)
-        os.umask(umask)
-        Path(temporary).chmod(0o666 & ~umask)
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with atomic(path) as part:
+        part.write_text(text, encoding="utf-8", newline="\n")
     return path

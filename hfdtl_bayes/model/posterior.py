@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -20,6 +19,7 @@ from numpy.typing import NDArray
 from hfdtl_bayes.configuration import ServingConfiguration
 from hfdtl_bayes.errors import HfdtlError, InputError, MissingInputError, PosteriorFileError, UnknownNameError
 from hfdtl_bayes.features import FeatureSet, feature_set, fingerprint, fingerprint_differences
+from hfdtl_bayes.files import atomic
 from hfdtl_bayes.model.diagnostics import Convergence, ConvergenceSettings, convergence
 from hfdtl_bayes.model.exact import sample_exact
 from hfdtl_bayes.model.layout import check_posterior, hardware_names, in_order
@@ -338,7 +338,6 @@ class LatencyPosterior:
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the posterior as netCDF, atomically; returns the path."""
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
         tree = self.tree.copy()
         for s in self.statistics:
             dataset = statistics_to_dataset(s, self.feature_set)
@@ -348,18 +347,8 @@ class LatencyPosterior:
         # Made in memory, for HDF5 brings the whole process down when the disk it writes to is full.
         with tree.to_netcdf(engine="h5netcdf") as view:
             content = bytes(view)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}", suffix=".part")
-        try:
-            with os.fdopen(handle, "wb") as stream:
-                stream.write(content)
-            # mkstemp makes private files; a posterior is to be shared like any other output.
-            umask = os.umask(0)
-            os.umask(umask)
-            Path(temporary).chmod(0o666 & ~umask)
-            Path(temporary).replace(path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        with atomic(path) as part:
+            part.write_bytes(content)
         return path
 
     def _header(self) -> dict[str, Any]:

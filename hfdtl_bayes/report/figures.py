@@ -24,6 +24,7 @@ from scipy.stats import norm
 
 from hfdtl_bayes.configuration import ServingConfiguration
 from hfdtl_bayes.features import operating_points
+from hfdtl_bayes.files import atomic
 from hfdtl_bayes.model import LatencyPosterior
 from hfdtl_bayes.report.comparison import ALL, CALIBRATED, RIDGE, SCRATCH, ZERO_SHOT, block_means
 from hfdtl_bayes.statistics import DEFAULT_BLOCK_LENGTH, own_prior
@@ -85,15 +86,9 @@ def _style() -> Iterator[None]:
 
 def save_figure(figure: Figure, path: Path) -> Path:
     """Write a figure in the format its suffix names, atomically and without a date: the same figure is the same file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
     kind = path.suffix.removeprefix(".")
-    try:
-        with _style():
-            figure.savefig(part, format=kind, dpi=160, metadata={"Date": None} if kind == "svg" else {"Software": None})
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    with atomic(path) as part, _style():
+        figure.savefig(part, format=kind, dpi=160, metadata={"Date": None} if kind == "svg" else {"Software": None})
     return path
 
 

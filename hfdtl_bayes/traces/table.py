@@ -10,6 +10,8 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from hfdtl_bayes.files import atomic
+
 ROWS_NAMED = 5
 """Row numbers quoted per problem in messages: enough to look them up, few enough for one line."""
 
@@ -82,14 +84,8 @@ class TraceTable:
         """
         if self.rejected.empty:
             return None
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         names = [name for name in (self.source.parent.name, self.source.stem) if name]
-        target = folder / f"{'.'.join(names)}.rejected.csv"
-        part = folder / f".{target.name}.{os.getpid()}.part"
-        try:
+        target = Path(folder) / f"{'.'.join(names)}.rejected.csv"
+        with atomic(target) as part:
             self.rejected.to_csv(part, index=False)
-            part.replace(target)
-        finally:
-            part.unlink(missing_ok=True)
         return target
