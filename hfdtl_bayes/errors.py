@@ -5,7 +5,7 @@ Every error derives from :class:`HfdtlError`, and from the builtin it refines, s
 turns any :class:`HfdtlError` into one message on stderr and exit code 2.
 
 A message says what was wrong, where (file, row, field), what was found, what is accepted and how
-to mend it.
+to mend it. What is no error but must be seen is a warning, and there is one kind.
 """
 
 from __future__ import annotations
@@ -41,3 +41,7 @@ class ConvergenceError(HfdtlError, RuntimeError):
 
 class ExportError(HfdtlError, ValueError):
     """A coefficient vector may not be exported as it stands."""
+
+
+class RejectedRowsWarning(UserWarning):
+    """Rows of a trace were set aside; the message is the table's summary. The commands show it themselves."""

@@ -12,26 +12,29 @@ model that is fitted and scored. `api_delay` (arrival to queued) is about the re
 from __future__ import annotations
 
 import argparse
+import warnings
 from pathlib import Path
 
+import pandas as pd
+
 import hfdtl_bayes as hb
+from hfdtl_bayes.errors import RejectedRowsWarning
 from hfdtl_bayes.export import idle_api_delay_s
-from hfdtl_bayes.features.response import response
+from hfdtl_bayes.features import response
 from hfdtl_bayes.sample import DONORS, TARGET, sample_store_path
 from hfdtl_bayes.traces import drop_warmup, split_by_regime
 from hfdtl_bayes.transfer import usable_rows
 
 
-def check_the_rule(store: hb.TraceStore, config_id: str) -> None:
+def check_the_rule(frame: pd.DataFrame, configuration: hb.ServingConfiguration) -> None:
     """Print how often finding no free slot tells which requests wait longer than a step."""
-    configuration, features = store.configuration(config_id), hb.feature_set("roofline", "queue_delay")
-    requests = drop_warmup(store.requests(config_id).frame)
+    features, requests = hb.feature_set("roofline", "queue_delay"), drop_warmup(frame)
     no_slot = features.supported(requests, configuration)
     step_s = features.noise_floor(configuration)
     waited = response(requests, "queue_delay") > step_s
     print(
-        f"  {config_id}: {no_slot.mean():.0%} of {len(requests)} requests find no free slot; that tells who waits longer than a "
-        f"step ({1e3 * step_s:.0f} ms) in {(no_slot == waited).mean():.1%} of cases"
+        f"  {configuration.config_id}: {no_slot.mean():.0%} of {len(requests)} requests find no free slot; that tells who waits longer "
+        f"than a step ({1e3 * step_s:.0f} ms) in {(no_slot == waited).mean():.1%} of cases"
     )
 
 
@@ -49,17 +52,25 @@ def main() -> None:
     settings = hb.SamplerSettings(draws=arguments.draws, tune=arguments.draws)
     store = hb.TraceStore(arguments.store)
     configuration = store.configuration(arguments.target)
+    config_ids = (*arguments.donors.split(","), arguments.target)
+
+    # Rows that are set aside are shown with their reasons and kept beside the result.
+    tables = {config_id: store.requests(config_id) for config_id in config_ids}
+    for table in tables.values():
+        print(table.summary())
+        table.write_rejected(arguments.out)
+    warnings.simplefilter("ignore", RejectedRowsWarning)  # just shown
 
     for quantity in ("queue_delay", "api_delay"):
         print(f"\n{quantity}")
         if quantity == "queue_delay":
-            for config_id in (*arguments.donors.split(","), arguments.target):
-                check_the_rule(store, config_id)
+            for config_id in config_ids:
+                check_the_rule(tables[config_id].frame, store.configuration(config_id))
         donors = hb.fit_donors(store, arguments.donors.split(","), quantity=quantity, settings=settings, seed=arguments.seed)
         print(f"  donors: {donors.convergence()}")
 
         # Slopes are in reference steps of each configuration, so that a fast engine's queue teaches about a slow one's.
-        requests = usable_rows(store.requests(arguments.target).frame, configuration, donors.feature_set)
+        requests = usable_rows(tables[arguments.target].frame, configuration, donors.feature_set)
         rows, held_out = split_by_regime(requests, arguments.regimes.split(","))
         target = hb.calibrate(donors, rows, configuration, settings=settings, seed=arguments.seed)
         print(f"  target: {target.convergence()}")
@@ -76,7 +87,7 @@ def main() -> None:
         print(f"  wrote {target.save(arguments.out / f'{quantity}.nc')}")
 
     # BLIS's alpha0 is neither: it simulates the waits for the running step and for a slot itself, and wants the lag when idle.
-    idle_s = idle_api_delay_s(store.requests(arguments.target).frame)
+    idle_s = idle_api_delay_s(tables[arguments.target].frame)
     print(f"\nBLIS alpha0 of {arguments.target}: {'too few idle requests' if idle_s is None else f'{1e6 * idle_s:.0f} us'}")
 
 

@@ -10,12 +10,21 @@ a few rows of low load, and judges both on the regimes held out. Ends with the v
 from __future__ import annotations
 
 import argparse
+import warnings
 from pathlib import Path
 
 import hfdtl_bayes as hb
+from hfdtl_bayes.errors import RejectedRowsWarning
 from hfdtl_bayes.export import idle_api_delay_s, write_text
 from hfdtl_bayes.sample import DONORS, TARGET, sample_store_path
-from hfdtl_bayes.traces import drop_warmup, split_by_regime
+from hfdtl_bayes.traces import TraceTable, drop_warmup, split_by_regime
+
+
+def shown(table: TraceTable, out: Path) -> TraceTable:
+    """Print what was read, and keep the rows that were set aside, with their reasons, beside the result."""
+    print(table.summary())
+    table.write_rejected(out)
+    return table
 
 
 def main() -> None:
@@ -37,12 +46,15 @@ def main() -> None:
     if arguments.posterior:
         donors = hb.LatencyPosterior.load(arguments.posterior)
     else:
+        for donor in arguments.donors.split(","):
+            shown(store.steps(donor), arguments.out)
+        warnings.simplefilter("ignore", RejectedRowsWarning)  # just shown
         donors = hb.fit_donors(store, arguments.donors.split(","), settings=settings, seed=arguments.seed)
     print(f"donors {', '.join(donors.donors)}: {donors.convergence()}")
 
     # Calibrate on calm traffic: what is cheap to record. Everything else is held out, and no time block is on both sides.
     configuration = store.configuration(arguments.target)
-    rows = drop_warmup(store.steps(arguments.target).frame)
+    rows = drop_warmup(shown(store.steps(arguments.target), arguments.out).frame)
     calm, _ = split_by_regime(rows, arguments.regimes.split(","))
     posterior = hb.calibrate(donors, calm[: arguments.max_rows], configuration, settings=settings, seed=arguments.seed)
     print(f"{arguments.target}: {posterior.convergence()}")
@@ -63,7 +75,7 @@ def main() -> None:
 
     # For BLIS: the posterior mean on its own basis, right for this traffic; alpha0 is the lag of requests that met an idle
     # engine.
-    alpha0_s = idle_api_delay_s(store.requests(arguments.target).frame) or 0.0
+    alpha0_s = idle_api_delay_s(shown(store.requests(arguments.target), arguments.out).frame) or 0.0
     vectors = hb.blis_vectors(posterior, configuration, rows, alpha0_s=alpha0_s)
     print(f"\n{vectors.summary()}\n{hb.blis_flags(vectors)}")
     written.append(write_text(hb.blis_yaml(vectors), arguments.out / "blis.yaml"))

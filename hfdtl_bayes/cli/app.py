@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,7 +15,7 @@ from hfdtl_bayes.cli.options import AsJson, Seed
 from hfdtl_bayes.cli.output import say, show
 from hfdtl_bayes.cli.predict import predict
 from hfdtl_bayes.cli.verdict import verdict
-from hfdtl_bayes.errors import HfdtlError
+from hfdtl_bayes.errors import HfdtlError, RejectedRowsWarning
 
 BAD_INPUT = 2
 INTERRUPTED = 130
@@ -26,7 +27,10 @@ class Commands(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         """Run the command that was chosen."""
         try:
-            return super().invoke(ctx)
+            with warnings.catch_warnings():
+                # Every command shows the summary of what it reads.
+                warnings.simplefilter("ignore", RejectedRowsWarning)
+                return super().invoke(ctx)
         except HfdtlError as error:
             say(f"error: {error}")
             raise typer.Exit(BAD_INPUT) from None

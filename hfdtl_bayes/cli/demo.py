@@ -10,6 +10,7 @@ import json
 import shlex
 import tempfile
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hfdtl_bayes.cli.output import plain, say
-from hfdtl_bayes.errors import ExportError
+from hfdtl_bayes.errors import ExportError, RejectedRowsWarning
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from hfdtl_bayes.export import BlisVectors
     from hfdtl_bayes.model import LatencyPosterior, SamplerSettings
     from hfdtl_bayes.report import Comparison, TargetSummary
+    from hfdtl_bayes.traces import TraceStore, TraceTable
     from hfdtl_bayes.transfer import Verdict
 
 CALIBRATION_REGIMES = ("load0.15", "load0.5")
@@ -52,6 +54,7 @@ FILES = {
     "accuracy.svg": "errors by regime and method (also .png)",
     "coefficients.svg": "priors and posteriors of the coefficients (also .png)",
 }
+_REJECTED = ".rejected.csv"
 _BLIS_FILES = ("blis.yaml", "blis-flags.txt", "blis-hardware.json")
 
 
@@ -67,12 +70,15 @@ class DemoResult:
         Posterior, rows, verdict, comparison, BLIS vectors and where the time went.
     donors : LatencyPosterior
     files : tuple of Path
+    rejected_rows : int
+        Rows of the recordings that were set aside; they are among the files.
     """
 
     out: Path
     summary: TargetSummary
     donors: LatencyPosterior
     files: tuple[Path, ...]
+    rejected_rows: int = 0
 
     def as_dict(self) -> dict[str, Any]:
         """Return everything as plain data for JSON; times in seconds, errors as fractions."""
@@ -93,6 +99,8 @@ class DemoResult:
                 "input_hash": posterior.input_hash,
                 "calibration": {"regimes": s.regimes_seen, **_extent(s.calibration)},
                 "held_out": {"regimes": s.regimes_judged, **_extent(s.held_out)},
+                "rejected_rows": self.rejected_rows,
+                "rejected_files": [str(p) for p in self.files if p.name.endswith(_REJECTED)],
                 "convergence": {name: asdict(p.convergence()) for name, p in (("donors", self.donors), ("target", posterior))},
                 "verdict": s.verdict.as_dict(),
                 "comparison": {
@@ -158,7 +166,7 @@ def run_demo(out: Path, *, seed: int = 0, show_progress: bool = True, settings: 
         If `out` cannot be written.
     """
     clock = _Clock(show_progress)
-    with clock.stage("import", "loading ArviZ, nutpie and matplotlib"):
+    with clock.stage("import", "loading the sampler and matplotlib"):
         from hfdtl_bayes.model.posterior import package_version  # noqa: PLC0415  (loading is a stage of its own, and timed)
         from hfdtl_bayes.report import TargetSummary, compare, summary_page  # noqa: PLC0415
         from hfdtl_bayes.sample import DONORS, TARGET, sample_store_path  # noqa: PLC0415
@@ -173,10 +181,14 @@ def run_demo(out: Path, *, seed: int = 0, show_progress: bool = True, settings: 
         )
     with clock.stage("read"):
         store = TraceStore(sample_store_path())
-        rows = {c: drop_warmup(store.steps(c).frame) for c in (*DONORS, TARGET)}
+        steps = {c: store.steps(c) for c in (*DONORS, TARGET)}
+        requests = store.requests(TARGET)
+        tables = (*steps.values(), requests)
+        rows = {c: drop_warmup(table.frame) for c, table in steps.items()}
         configuration = store.configuration(TARGET)
-        requests = store.requests(TARGET).frame
-    with clock.stage("fit donors", "fitting three donors"):
+    _show_rejected(tables)
+    with clock.stage("fit donors", "fitting three donors"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", RejectedRowsWarning)  # just shown
         donors = fit_donors(store, DONORS, settings=settings, seed=seed, show_progress=show_progress)
     recording = rows[TARGET]
     low_load = recording[recording["regime"].isin(CALIBRATION_REGIMES)].iloc[:CALIBRATION_ROWS]
@@ -191,7 +203,7 @@ def run_demo(out: Path, *, seed: int = 0, show_progress: bool = True, settings: 
         recipe = calibrate_ridge(recipe, calibration, configuration)
         comparison = compare(posterior, donors, recipe, calibration, held_out, configuration, seed=seed)
     with clock.stage("export"):
-        vectors, note, refusal = _vectors(posterior, configuration, recording, requests, seed)
+        vectors, note, refusal = _vectors(posterior, configuration, recording, requests.frame, seed)
     summary = TargetSummary(
         title="From three donors to a calibrated target: the demo",
         posterior=posterior,
@@ -202,8 +214,8 @@ def run_demo(out: Path, *, seed: int = 0, show_progress: bool = True, settings: 
         vectors=vectors,
         refusal=refusal,
         export_note=note,
-        command=_command(out, found, posterior, list(dict.fromkeys(calibration["regime"]))),
-        files={name: meaning for name, meaning in FILES.items() if vectors is not None or name not in _BLIS_FILES},
+        command=_command(store, out, found, posterior, list(dict.fromkeys(calibration["regime"]))),
+        files=_explained(tables, vectors),
         version=package_version(),
     )
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -213,13 +225,30 @@ def run_demo(out: Path, *, seed: int = 0, show_progress: bool = True, settings: 
             summary = replace(summary, figures=_draw(folder, summary, donors, seed))
         with clock.stage("export"):
             _export(folder, summary, donors)
+            for table in tables:
+                table.write_rejected(folder)
         summary = replace(summary, seconds=dict(clock.seconds))
         names = [*(p.name for p in folder.iterdir()), "results.json", "summary.html"]
-        result = DemoResult(out, summary, donors, tuple(out / name for name in sorted(names)))
+        found_files = tuple(out / name for name in sorted(names))
+        result = DemoResult(out, summary, donors, found_files, sum(len(t.rejected) for t in tables))
         (folder / "summary.html").write_text(summary_page(summary), encoding="utf-8")
         (folder / "results.json").write_text(json.dumps(result.as_dict(), indent=2, allow_nan=False) + "\n", encoding="utf-8")
         publish(folder, out)
     return result
+
+
+def _show_rejected(tables: Sequence[TraceTable]) -> None:
+    for table in tables:
+        if len(table.rejected):
+            say(table.summary())
+
+
+def _explained(tables: Sequence[TraceTable], vectors: BlisVectors | None) -> dict[str, str]:
+    """Return what each file is, for those that this run writes."""
+    files = {name: meaning for name, meaning in FILES.items() if vectors is not None or name not in _BLIS_FILES}
+    if any(len(table.rejected) for table in tables):
+        files[f"*{_REJECTED}"] = "rows of the recordings that were set aside, with the reasons"
+    return files
 
 
 def publish(made: Path, out: Path) -> None:
@@ -236,18 +265,19 @@ def publish(made: Path, out: Path) -> None:
             (out / name).unlink(missing_ok=True)
 
 
-def _command(out: Path, found: Verdict, posterior: LatencyPosterior, seen: Sequence[str]) -> str:
-    """Return what to type next, by outcome, with the demo's own files and names."""
+def _command(store: TraceStore, out: Path, found: Verdict, posterior: LatencyPosterior, seen: Sequence[str]) -> str:
+    """Return what to type next, by outcome: it runs as it stands, on the demo's own files."""
+    traces, steps = (shlex.quote(str(p)) for p in (store.path, store.path / found.config_id / "steps.parquet"))
     target = shlex.quote(found.config_id)
     donors, fitted = (shlex.quote(str(out / name)) for name in ("donors.nc", "target.nc"))
     worst = str(found.held_out.by_regime["mape"].idxmax())
-    again = f"hfdtl-bayes calibrate {donors} STORE --config {target} --out {fitted} --regimes"
+    again = f"hfdtl-bayes calibrate {donors} {traces} --config {target} --out {fitted} --regimes"
     every = shlex.quote(",".join((*posterior.donors, found.config_id)))
     return {
-        "accept": f"hfdtl-bayes predict {fitted} STEPS.parquet --out predictions.parquet",
+        "accept": f"hfdtl-bayes predict {fitted} {steps} --out predictions.parquet",
         "collect_more": f"{again} {shlex.quote(','.join((*seen, worst)))}",
         "sample_again": f"{again} {shlex.quote(','.join(seen))} --draws 2000 --tune 2000",
-        "retrain_as_donor": f"hfdtl-bayes fit STORE --donors {every} --out {donors}",
+        "retrain_as_donor": f"hfdtl-bayes fit {traces} --donors {every} --out {donors}",
     }.get(str(found.outcome), "")
 
 
@@ -375,6 +405,8 @@ def print_demo(result: DemoResult, console: Console) -> None:
         )
     )
     console.print()
+    # Not the table's title, which would wrap at the table's width.
+    console.print(Text("Held-out MAPE in %; noise alone: a perfect mean's; held: in 95 % intervals"))
     console.print(_accuracy_table(s.comparison))
     console.print(Text(s.comparison.sentence()))
     console.print()
@@ -383,14 +415,18 @@ def print_demo(result: DemoResult, console: Console) -> None:
     else:
         beta = ", ".join(f"{v:.4g}" for v in s.vectors.beta)
         alpha = ", ".join(f"{v:.4g}" for v in s.vectors.alpha)
-        loss = f"{s.vectors.projection_error:.1%} from the posterior mean, over {s.export_note}"
+        loss = f"on average {s.vectors.projection_error:.1%} from the posterior's step time, over {s.export_note}"
         blis = [named("BLIS", f"alpha [{alpha}]  beta [{beta}]"), named("", loss)]
     stages = ", ".join(f"{name} {seconds:.1f}" for name, seconds in s.seconds.items())
     grid(
         *blis,
-        named("Files", f"{result.out}/: {', '.join(p.name for p in result.files)}"),
-        named("Seconds", f"{stages}; in all {sum(s.seconds.values()):.1f}"),
-        named("Open", str(result.out / "summary.html"), "underline"),
+        named("Seconds", f"{sum(s.seconds.values()):.1f}: {stages}"),
+        *(
+            [named("Set aside", f"{result.rejected_rows} rows of the recordings, kept in *{_REJECTED}")]
+            if result.rejected_rows
+            else []
+        ),
+        named("Open", f"{result.out / 'summary.html'}; it explains all {len(result.files)} files beside it"),
     )
 
 
@@ -401,8 +437,7 @@ def _accuracy_table(comparison: Comparison) -> Table:
     from hfdtl_bayes.report import ALL, CALIBRATED  # noqa: PLC0415
 
     methods = list(comparison.mape.index)
-    title = "Held-out MAPE in %, beside what noise alone leaves; intervals should hold 95 %"
-    table = Table(title=title, title_justify="left", title_style="", box=None, padding=(0, 0, 0, 1), header_style="bold")
+    table = Table(box=None, padding=(0, 0, 0, 1), header_style="bold")
     table.add_column("regime", no_wrap=True, vertical="bottom")
     for name in ("steps", *methods, "noise alone", "bias", "rows held", "blocks held"):
         heading = name.replace(" ", "\n").replace("-", "-\n")

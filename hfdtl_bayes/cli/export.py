@@ -14,6 +14,7 @@ from hfdtl_bayes.cli.output import check_file, say, show, writing
 if TYPE_CHECKING:
     from hfdtl_bayes.cli.traces import WatchedStore
     from hfdtl_bayes.configuration import ServingConfiguration
+    from hfdtl_bayes.traces import TraceTable
 
 
 class Format(StrEnum):
@@ -44,7 +45,7 @@ def export(
     as_json: AsJson = False,
 ) -> None:
     """Export the coefficients of one configuration to BLIS's trained-physics backend, checked."""
-    from hfdtl_bayes.cli.traces import WatchedStore, configuration_of  # noqa: PLC0415  (loaded on first use)
+    from hfdtl_bayes.cli.traces import WatchedStore, configuration_of, write_rejected  # noqa: PLC0415  (loaded on first use)
     from hfdtl_bayes.export import blis_flags, blis_vectors, blis_yaml, write_text  # noqa: PLC0415
     from hfdtl_bayes.model import LatencyPosterior  # noqa: PLC0415
     from hfdtl_bayes.traces import drop_warmup, read_steps  # noqa: PLC0415
@@ -54,10 +55,12 @@ def export(
     posterior = LatencyPosterior.load(posterior_file)
     chosen = configuration_of(posterior, config, configuration)
     watched = WatchedStore(store) if store is not None else None
+    tables: list[TraceTable] = watched.tables if watched is not None else []
     frame = None
     if traffic is not None:
         table = read_steps(traffic, chosen, observed=False)
         say(table.summary())
+        tables.append(table)
         frame = table.frame
     elif watched is not None:
         frame = drop_warmup(watched.steps(chosen.config_id).frame)
@@ -66,12 +69,14 @@ def export(
     text = blis_yaml(vectors) if format is Format.BLIS_YAML else blis_flags(vectors)
     result: dict[str, Any] = {**vectors.as_dict(), "format": str(format), "out": out, "text": text, "seed": seed}
     say(vectors.summary())
-    if out is not None:
+    if out is None:
+        result |= write_rejected(tables, None)
+        show(result, text.rstrip("\n"), as_json=as_json)
+    else:
         with writing(out):
             write_text(text, out)
+            result |= write_rejected(tables, out)
         show(result, f"wrote {out}", as_json=as_json)
-    else:
-        show(result, text.rstrip("\n"), as_json=as_json)
 
 
 def _alpha0(watched: WatchedStore | None, configuration: ServingConfiguration) -> float:

@@ -38,10 +38,19 @@ class WatchedStore(TraceStore):
         return table
 
 
-def write_rejected(tables: Sequence[TraceTable], beside: Path) -> dict[str, object]:
-    """Write the rejected rows of each table beside a result; returns how many there were and where they are."""
+def write_rejected(tables: Sequence[TraceTable], beside: Path | None) -> dict[str, object]:
+    """Write the rejected rows of each table beside a result; returns how many there were and where they are.
+
+    Where there is no file to write them beside, says so.
+    """
     files = []
     for table in tables:
+        if beside is None:
+            if len(table.rejected):
+                say(
+                    f"{len(table.rejected)} rejected row(s) of {table.source} are not written: there is no output file to put them beside"
+                )
+            continue
         # An absolute source, so that a table named without its folder is still called after it.
         file = replace(table, source=table.source.absolute()).write_rejected(beside.parent)
         if file is not None:

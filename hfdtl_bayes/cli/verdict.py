@@ -52,7 +52,7 @@ def verdict(
     as_json: AsJson = False,
 ) -> None:
     """Judge a calibrated target on the rows of the store that it was not calibrated on."""
-    from hfdtl_bayes.cli.traces import WatchedStore  # noqa: PLC0415  (loaded on first use)
+    from hfdtl_bayes.cli.traces import WatchedStore, write_rejected  # noqa: PLC0415  (loaded on first use)
     from hfdtl_bayes.model import LatencyPosterior  # noqa: PLC0415
     from hfdtl_bayes.transfer import VerdictSettings, held_out_rows, read_trace, usable_rows  # noqa: PLC0415
     from hfdtl_bayes.transfer import verdict as judge  # noqa: PLC0415
@@ -84,7 +84,7 @@ def verdict(
         **found.as_dict(),
         "accepted": found.accepted,
         "quantity": quantity,
-        "rejected_rows": sum(len(t.rejected) for t in watched.tables),
+        **write_rejected(watched.tables, None),
         "settings": asdict(settings),
         "seed": seed,
     }

@@ -2,23 +2,37 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from hfdtl_bayes.configuration import ServingConfiguration
-from hfdtl_bayes.errors import InputError
+from hfdtl_bayes.errors import InputError, RejectedRowsWarning
 from hfdtl_bayes.features import FeatureSet, feature_set
 from hfdtl_bayes.model import LatencyPosterior, PriorSettings, SamplerSettings, fit
 from hfdtl_bayes.statistics import DEFAULT_BLOCK_LENGTH, ConfigStatistics, row_scale, statistics_from_rows
 from hfdtl_bayes.traces import TraceStore, TraceTable, drop_warmup, time_blocks
 
+_PACKAGE = str(Path(__file__).parents[1])
+
 
 def read_trace(store: TraceStore, config_id: str, quantity: str) -> TraceTable:
-    """Read the table a quantity is observed in: steps for step_time, requests for the delays."""
-    return store.steps(config_id) if quantity == "step_time" else store.requests(config_id)
+    """Read the table a quantity is observed in: steps for step_time, requests for the delays.
+
+    Warns
+    -----
+    RejectedRowsWarning
+        With the table's summary, if rows of it were rejected.
+    """
+    table = store.steps(config_id) if quantity == "step_time" else store.requests(config_id)
+    if len(table.rejected):
+        # Said of the line outside the package that wanted the rows.
+        warnings.warn(table.summary(), RejectedRowsWarning, skip_file_prefixes=(_PACKAGE,))
+    return table
 
 
 def usable_rows(frame: pd.DataFrame, configuration: ServingConfiguration, features: FeatureSet) -> pd.DataFrame:
@@ -90,6 +104,11 @@ def fit_donors(
         If a donor is listed twice, none is given, or a trace cannot be used.
     UnknownNameError
         If a donor or the feature set is unknown.
+
+    Warns
+    -----
+    RejectedRowsWarning
+        Per donor that has rejected rows, with the summary of its table.
     """
     if not donors:
         raise InputError(f"no donor given; choose some of {', '.join(store.config_ids)}")
