@@ -6,6 +6,7 @@ import importlib.util
 import io
 import json
 import re
+import shlex
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -15,11 +16,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
+from cli_runs import FEW_DRAWS, done
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rich.console import Console
 
 from hfdtl_bayes.cli.demo import CALIBRATION_REGIMES, CALIBRATION_ROWS, FILES, DemoResult, print_demo, publish, run_demo
+from hfdtl_bayes.cli.demo import _command as next_command
 from hfdtl_bayes.features import operating_points
 from hfdtl_bayes.model import LatencyPosterior
 from hfdtl_bayes.report import ALL, answer, block_mean_figure, coefficient_figure, coefficient_intervals, figure_svg, summary_page
@@ -339,6 +342,33 @@ def test_the_printed_result_is_one_screen(demo: DemoResult, width: int, capsys: 
     assert f"{demo.out / 'summary.html'}; it explains all {len(demo.files)} files" in words.replace("- ", "-")
     for stage in demo.summary.seconds:
         assert stage in words
+
+
+@pytest.mark.parametrize("outcome", [Outcome.ACCEPT, Outcome.COLLECT_MORE])
+def test_what_to_type_next_runs_as_it_stands(demo: DemoResult, tmp_path: Path, outcome: Outcome) -> None:
+    s = demo.summary
+    found = replace(s.verdict, outcome=outcome)
+    command = next_command(TraceStore(sample_store_path()), demo.out, found, s.posterior, list(CALIBRATION_REGIMES))
+    program, *words = shlex.split(command)
+    assert program == "hfdtl-bayes"
+    # Elsewhere, and with few draws: the other tests read what the demo wrote.
+    place = words.index("--out") + 1
+    words[place] = str(tmp_path / Path(words[place]).name)
+    ran = done(*words, "--json", *(FEW_DRAWS if words[0] == "calibrate" else ()))
+    if outcome is Outcome.COLLECT_MORE:
+        assert ran.json["rows"][TARGET] > CALIBRATION_ROWS
+        assert LatencyPosterior.load(words[place]).target == TARGET
+    else:
+        assert ran.json["rows"] == len(TraceStore(sample_store_path()).steps(TARGET).frame)
+
+
+def test_vectors_of_a_target_that_is_not_accepted_come_with_a_caution(demo: DemoResult) -> None:
+    for outcome in Outcome:
+        written = io.StringIO()
+        summary = replace(demo.summary, verdict=replace(demo.summary.verdict, outcome=outcome))
+        print_demo(replace(demo, summary=summary), Console(width=120, file=written))
+        words = " ".join(written.getvalue().split())
+        assert ("not to plan with" in words) == (summary.vectors is not None and outcome is not Outcome.ACCEPT)
 
 
 # Figures of a fitted posterior

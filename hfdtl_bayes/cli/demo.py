@@ -416,7 +416,11 @@ def print_demo(result: DemoResult, console: Console) -> None:
         beta = ", ".join(f"{v:.4g}" for v in s.vectors.beta)
         alpha = ", ".join(f"{v:.4g}" for v in s.vectors.alpha)
         loss = f"on average {s.vectors.projection_error:.1%} from the posterior's step time, over {s.export_note}"
-        blis = [named("BLIS", f"alpha [{alpha}]  beta [{beta}]"), named("", loss)]
+        caution = "" if s.verdict.accepted else ". Not an accept: they show the format and are not to plan with"
+        blis = [
+            named("BLIS", f"alpha [{alpha}]  beta [{beta}]"),
+            named("", f"in blis.yaml, and as flags in blis-flags.txt; {loss}{caution}"),
+        ]
     stages = ", ".join(f"{name} {seconds:.1f}" for name, seconds in s.seconds.items())
     grid(
         *blis,

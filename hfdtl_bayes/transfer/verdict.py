@@ -183,12 +183,13 @@ def verdict(
     probability = probability_below(held_out, limit, settings.bootstrap, seed)
     inside, blocks = int(held_out.block_errors["inside"].sum()), held_out.blocks
     chance = float(binom.cdf(inside, blocks, 0.95))
+    needed = f"needed {settings.min_probability:g}"
     checks = [
         Check("convergence", convergence.passed, str(convergence)),
         Check(
             "accuracy",
             probability >= settings.min_probability,
-            f"held-out MAPE {held_out.mape:.1%} on {held_out.rows} rows, P(below {limit:.1%}) = {probability:.2f}; "
+            f"held-out MAPE {held_out.mape:.1%} on {held_out.rows} rows, P(below {limit:.1%}) = {probability:.3f}, {needed}; "
             f"attainable {held_out.attainable_mape:.1%}",
         ),
         Check(
@@ -204,7 +205,7 @@ def verdict(
     ]
     if settings.rmse_limit_s is not None:
         below = probability_below(held_out, settings.rmse_limit_s, settings.bootstrap, seed, rmse=True)
-        message = f"held-out RMSE {held_out.rmse_s:.3g} s, P(below {settings.rmse_limit_s:.3g} s) = {below:.2f}"
+        message = f"held-out RMSE {held_out.rmse_s:.3g} s, P(below {settings.rmse_limit_s:.3g} s) = {below:.3f}, {needed}"
         checks.append(Check("rmse", below >= settings.min_probability, message))
     if posterior.target == configuration.config_id and posterior.donors:
         conflict = population_conflict(posterior)
