@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from hfdtl_bayes.cli.demo import run_demo
     from hfdtl_bayes.configuration import ServingConfiguration, configuration_from_huggingface, gpu, read_configuration
-    from hfdtl_bayes.errors import HfdtlError
+    from hfdtl_bayes.errors import HfdtlError, RejectedRowsWarning
     from hfdtl_bayes.export import blis_flags, blis_vectors, blis_yaml
     from hfdtl_bayes.features import Feature, FeatureSet, feature_set, operating_points, register_feature_set
     from hfdtl_bayes.model import LatencyPosterior, PriorSettings, SamplerSettings, fit
@@ -30,6 +30,7 @@ _HOME = {
     "HfdtlError": "errors",
     "LatencyPosterior": "model",
     "PriorSettings": "model",
+    "RejectedRowsWarning": "errors",
     "SamplerSettings": "model",
     "ServingConfiguration": "configuration",
     "TraceStore": "traces",
@@ -64,6 +65,7 @@ __all__ = [
     "HfdtlError",
     "LatencyPosterior",
     "PriorSettings",
+    "RejectedRowsWarning",
     "SamplerSettings",
     "ServingConfiguration",
     "TraceStore",

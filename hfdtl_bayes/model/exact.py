@@ -126,6 +126,19 @@ class _Solved:
     gram: FloatArray
 
 
+def population_loading(feature_set: FeatureSet, config_row: FloatArray) -> FloatArray:
+    """Return A, shape (K, B + G + D): what each of (beta, gamma, delta) contributes to a configuration's own coefficients.
+
+    Base and residual coefficients stand for themselves; `config_row`, shape (G,), shifts the constant.
+    """
+    base, config, k = len(feature_set.base), len(feature_set.config), len(feature_set.coef_names)
+    loading = np.zeros((k, k + config))
+    loading[range(base), range(base)] = 1.0
+    loading[range(base, k), range(base + config, k + config)] = 1.0
+    loading[base, base : base + config] = config_row
+    return loading
+
+
 class ExactDensity:
     """The log posterior density of the scales, with gradient, and exact draws of the coefficients given them.
 
@@ -152,12 +165,7 @@ class ExactDensity:
         count_hardware = len(self.hardware_names)
         self.membership = np.zeros((count_hardware, self.count_config))
         self.membership[self.hardware, np.arange(self.count_config)] = 1.0
-        base, config = len(feature_set.base), len(feature_set.config)
-        loading = np.zeros((self.count_config, self.count_coef, len(self.mean)))
-        loading[:, range(base), range(base)] = 1.0
-        loading[:, range(base, self.count_coef), range(base + config, len(self.mean))] = 1.0
-        if config:
-            loading[:, base, base : base + config] = [s.config_row for s in statistics]
+        loading = np.array([population_loading(feature_set, s.config_row) for s in statistics])
         self.loading = loading * self.sd
         centre = loading @ self.mean
         size = np.hypot(np.sqrt((self.loading**2).sum(axis=2)), np.exp(priors.deviation.log_mean) * self.scale)
@@ -357,11 +365,7 @@ class ExactDensity:
         log_tau, logit, log_sigma, log_omega, *_ = self.split(x)
         own_sd, shared_sd = self._sds(log_tau, logit)
         s = self._solve(own_sd, shared_sd, np.exp(log_sigma), np.exp(log_omega))
-        base, config = len(self.feature_set.base), len(self.feature_set.config)
-        loading = np.zeros((self.count_coef, len(self.mean)))
-        loading[range(base), range(base)] = 1.0
-        loading[range(base, self.count_coef), range(base + config, len(self.mean))] = 1.0
-        loading[base, base : base + config] = config_to_constant(self.feature_set, configuration)
+        loading = population_loading(self.feature_set, config_to_constant(self.feature_set, configuration))
         mean = (self.mean + self.sd * s.population_mean) @ loading.T
         slope = np.broadcast_to(loading * self.sd, (len(x), *loading.shape))
         covariance = np.zeros((len(x), self.count_coef, self.count_coef))
