@@ -10,6 +10,7 @@ the data changed. Writes the posterior, which `models/target.py` and `hfdtl-baye
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 import hfdtl_bayes as hb
@@ -69,4 +70,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except hb.HfdtlError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

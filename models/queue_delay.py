@@ -12,6 +12,7 @@ model that is fitted and scored. `api_delay` (arrival to queued) is about the re
 from __future__ import annotations
 
 import argparse
+import sys
 import warnings
 from pathlib import Path
 
@@ -92,4 +93,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except hb.HfdtlError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

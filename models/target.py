@@ -10,6 +10,7 @@ a few rows of low load, and judges both on the regimes held out. Ends with the v
 from __future__ import annotations
 
 import argparse
+import sys
 import warnings
 from pathlib import Path
 
@@ -83,4 +84,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except hb.HfdtlError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

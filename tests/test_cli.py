@@ -279,7 +279,18 @@ def test_help_states_the_defaults_of_the_thresholds():
 
 def test_sampler_defaults_are_those_of_the_package():
     settings = SamplerSettings()
-    assert (settings.draws, settings.tune, settings.chains) == (options.DRAWS, options.TUNE, options.CHAINS)
+    stated = (options.DRAWS, options.TUNE, options.CHAINS, options.TARGET_ACCEPT)
+    assert (settings.draws, settings.tune, settings.chains, settings.target_accept) == stated
+
+
+def test_predict_warns_of_draws_that_have_not_converged(tmp_path: Path):
+    donors = tmp_path / "donors.nc"
+    few = ("--draws", 50, "--tune", 50, "--chains", 2, "--target-accept", 0.95)
+    done("fit", STORE, "--donors", DONORS[0], "--features", "blis-blackbox", "--out", donors, *few)
+    predicted = run("predict", donors, "--config", DONORS[0], "--out", tmp_path / "p.csv")
+    assert predicted.code == 0
+    assert "NOT converged" in predicted.stderr
+    assert "--target-accept 0.95" in predicted.stderr
 
 
 # export

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hfdtl_bayes.cli.options import AsJson, PosteriorFile, Seed
-from hfdtl_bayes.cli.output import check_file, say, show, writing
+from hfdtl_bayes.cli.output import check_file, say, show, warn_unless_converged, writing
 
 if TYPE_CHECKING:
     from hfdtl_bayes.cli.traces import WatchedStore
@@ -53,6 +53,7 @@ def export(
     if out is not None:
         check_file(out, (posterior_file, configuration, traffic))
     posterior = LatencyPosterior.load(posterior_file)
+    warn_unless_converged(posterior.convergence())
     chosen = configuration_of(posterior, config, configuration)
     watched = WatchedStore(store) if store is not None else None
     tables: list[TraceTable] = watched.tables if watched is not None else []

@@ -8,8 +8,23 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hfdtl_bayes.cli.options import CHAINS, DRAWS, TUNE, AsJson, Chains, Draws, Engine, PosteriorFile, Seed, Store, Tune, names_in
-from hfdtl_bayes.cli.output import check_file, say, show, table_text, writing
+from hfdtl_bayes.cli.options import (
+    CHAINS,
+    DRAWS,
+    TARGET_ACCEPT,
+    TUNE,
+    AsJson,
+    Chains,
+    Draws,
+    Engine,
+    PosteriorFile,
+    Seed,
+    Store,
+    TargetAccept,
+    Tune,
+    names_in,
+)
+from hfdtl_bayes.cli.output import check_file, show, table_text, warn_unless_converged, writing
 
 if TYPE_CHECKING:
     from hfdtl_bayes.cli.traces import WatchedStore
@@ -30,6 +45,7 @@ def fit(
     draws: Draws = DRAWS,
     tune: Tune = TUNE,
     chains: Chains = CHAINS,
+    target_accept: TargetAccept = TARGET_ACCEPT,
     engine: Engine = "exact",
     seed: Seed = 0,
     as_json: AsJson = False,
@@ -47,7 +63,7 @@ def fit(
         features,
         quantity,
         max_rows=max_rows,
-        settings=SamplerSettings(draws=draws, tune=tune, chains=chains),
+        settings=SamplerSettings(draws=draws, tune=tune, chains=chains, target_accept=target_accept),
         engine=engine,
         seed=seed,
     )
@@ -69,6 +85,7 @@ def calibrate(
     draws: Draws = DRAWS,
     tune: Tune = TUNE,
     chains: Chains = CHAINS,
+    target_accept: TargetAccept = TARGET_ACCEPT,
     engine: Engine = "exact",
     seed: Seed = 0,
     as_json: AsJson = False,
@@ -89,7 +106,7 @@ def calibrate(
         donors,
         chosen,
         watched.configuration(config),
-        settings=SamplerSettings(draws=draws, tune=tune, chains=chains),
+        settings=SamplerSettings(draws=draws, tune=tune, chains=chains, target_accept=target_accept),
         engine=engine,
         seed=seed,
     )
@@ -104,8 +121,7 @@ def _finish(posterior: LatencyPosterior, watched: WatchedStore, out: Path, descr
         posterior.save(out)
         rejected = write_rejected(watched.tables, out)
     convergence = posterior.convergence()
-    if not convergence.passed:
-        say(f"warning: {convergence}. Conclude nothing from these draws; raise --draws and --tune")
+    warn_unless_converged(convergence)
     every = posterior.coefficient_table()
     table = every[every["config"] == described].drop(columns="config")
     used = {s.config_id: s.rows for s in posterior.statistics}

@@ -20,8 +20,13 @@ Engine = Annotated[
     str, typer.Option("--engine", help="exact (coefficients integrated out) or pymc (the PyMC model): the same posterior.")
 ]
 
+TargetAccept = Annotated[
+    float,
+    typer.Option("--target-accept", help="Acceptance NUTS aims at, 0.5 to 1; 0.95 takes smaller steps where some diverge."),
+]
+
 # The defaults of SamplerSettings, repeated because importing it would load ArviZ for --help; a test keeps them equal.
-DRAWS, TUNE, CHAINS = 500, 300, 4
+DRAWS, TUNE, CHAINS, TARGET_ACCEPT = 500, 300, 4, 0.8
 
 
 def names_in(text: str | None) -> list[str]:

@@ -17,12 +17,23 @@ from hfdtl_bayes.files import atomic
 if TYPE_CHECKING:
     import pandas as pd
 
+    from hfdtl_bayes.model import Convergence
+
 TABLE_SUFFIXES = (".parquet", ".csv")
 
 
 def say(message: str) -> None:
     """Print words for a person on stderr."""
     print(message, file=sys.stderr, flush=True)
+
+
+def warn_unless_converged(convergence: Convergence) -> None:
+    """Say on stderr that a fit has not converged, whatever is done with it, and what to type."""
+    if not convergence.passed:
+        say(
+            f"warning: {convergence}. Conclude nothing from these draws; fit or calibrate again, for example with --target-accept 0.95 "
+            "--draws 1500 --tune 1000"
+        )
 
 
 def plain(value: Any) -> Any:

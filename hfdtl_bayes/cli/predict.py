@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hfdtl_bayes.cli.options import AsJson, PosteriorFile, Seed
-from hfdtl_bayes.cli.output import TABLE_SUFFIXES, check_file, show, write_table, writing
+from hfdtl_bayes.cli.output import TABLE_SUFFIXES, check_file, show, warn_unless_converged, write_table, writing
 from hfdtl_bayes.errors import InputError
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ def predict(
 
     check_file(out, (posterior_file, steps, configuration), TABLE_SUFFIXES)
     posterior = LatencyPosterior.load(posterior_file)
+    warn_unless_converged(posterior.convergence())
     quantity = posterior.feature_set.quantity
     chosen = configuration_of(posterior, config, configuration)
     tables: list[TraceTable] = []

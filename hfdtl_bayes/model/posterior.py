@@ -73,7 +73,7 @@ class Draws:
     known: bool
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LatencyPosterior:
     """The posterior of the hierarchical latency model.
 
@@ -99,6 +99,14 @@ class LatencyPosterior:
     target: str | None
     seed: int
     calibration_rows: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+
+    def __repr__(self) -> str:
+        """Return one line: what was fitted to what, and whether the sampler converged."""
+        target = f", target {self.target}" if self.target else ""
+        return (
+            f"<LatencyPosterior of {self.feature_set.quantity}, {self.feature_set.name}: donors {', '.join(self.donors)}{target}; "
+            f"{self.convergence()}>"
+        )
 
     @property
     def config_ids(self) -> tuple[str, ...]:

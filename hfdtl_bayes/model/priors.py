@@ -57,7 +57,7 @@ class PriorSettings:
     fourth, on other hardware, has the same. A range away from zero states that, and keeps zero-shot intervals honest.
     """
 
-    deviation: PositiveRange = PositiveRange(0.15, 0.7)
+    deviation: PositiveRange = PositiveRange(0.1, 0.6)
     """Sd of a configuration's own slope around the population's, relative to the slope: efficiencies of GPUs,
     kernels and models differ by some tens of per cent."""
     hardware_share: float = 2.0

@@ -240,7 +240,9 @@ def _decide(
     worst = held_out.by_regime["mape"].idxmax()
     kin = passed.get("kinship with the donors", True)
     if not passed["convergence"]:
-        return Outcome.SAMPLE_AGAIN, "Sample again with more tuning draws; nothing may be concluded from these."
+        return Outcome.SAMPLE_AGAIN, (
+            "Nothing may be concluded from these draws: calibrate again, for example with --target-accept 0.95 --draws 1500 --tune 1000."
+        )
     if passed["accuracy"] and passed["coverage"] and passed["reach of the calibration"] and passed.get("rmse", True):
         said = "The coefficients may be used for traffic like the held-out regimes."
         aside = " They differ from the donors', so these donors would predict this configuration badly without its own rows."
