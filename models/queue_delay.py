@@ -19,12 +19,10 @@ from pathlib import Path
 import pandas as pd
 
 import hfdtl_bayes as hb
-from hfdtl_bayes.errors import RejectedRowsWarning
 from hfdtl_bayes.export import idle_api_delay_s
 from hfdtl_bayes.features import response
 from hfdtl_bayes.sample import DONORS, TARGET, sample_store_path
 from hfdtl_bayes.traces import drop_warmup, split_by_regime
-from hfdtl_bayes.transfer import usable_rows
 
 
 def check_the_rule(frame: pd.DataFrame, configuration: hb.ServingConfiguration) -> None:
@@ -60,7 +58,7 @@ def main() -> None:
     for table in tables.values():
         print(table.summary())
         table.write_rejected(arguments.out)
-    warnings.simplefilter("ignore", RejectedRowsWarning)  # just shown
+    warnings.simplefilter("ignore", hb.RejectedRowsWarning)  # just shown
 
     for quantity in ("queue_delay", "api_delay"):
         print(f"\n{quantity}")
@@ -71,7 +69,7 @@ def main() -> None:
         print(f"  donors: {donors.convergence()}")
 
         # Slopes are in reference steps of each configuration, so that a fast engine's queue teaches about a slow one's.
-        requests = usable_rows(tables[arguments.target].frame, configuration, donors.feature_set)
+        requests = hb.usable_rows(tables[arguments.target].frame, configuration, donors.feature_set)
         rows, held_out = split_by_regime(requests, arguments.regimes.split(","))
         target = hb.calibrate(donors, rows, configuration, settings=settings, seed=arguments.seed)
         print(f"  target: {target.convergence()}")

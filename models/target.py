@@ -15,7 +15,6 @@ import warnings
 from pathlib import Path
 
 import hfdtl_bayes as hb
-from hfdtl_bayes.errors import RejectedRowsWarning
 from hfdtl_bayes.export import idle_api_delay_s, write_text
 from hfdtl_bayes.sample import DONORS, TARGET, sample_store_path
 from hfdtl_bayes.traces import TraceTable, drop_warmup, split_by_regime
@@ -49,7 +48,7 @@ def main() -> None:
     else:
         for donor in arguments.donors.split(","):
             shown(store.steps(donor), arguments.out)
-        warnings.simplefilter("ignore", RejectedRowsWarning)  # just shown
+        warnings.simplefilter("ignore", hb.RejectedRowsWarning)  # just shown
         donors = hb.fit_donors(store, arguments.donors.split(","), settings=settings, seed=arguments.seed)
     print(f"donors {', '.join(donors.donors)}: {donors.convergence()}")
 
