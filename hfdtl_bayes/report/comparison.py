@@ -14,7 +14,7 @@ from hfdtl_bayes.model import LatencyPosterior
 from hfdtl_bayes.statistics import DEFAULT_BLOCK_LENGTH
 from hfdtl_bayes.traces import time_blocks
 from hfdtl_bayes.transfer import HeldOut, RidgeRecipe, evaluate, scratch_coefficients
-from hfdtl_bayes.transfer.evaluation import percentage_errors
+from hfdtl_bayes.transfer.evaluation import percentage_errors, scored_rows
 
 CALIBRATED, ZERO_SHOT, RIDGE, SCRATCH = "calibrated", "zero-shot", "ridge recipe", "scratch"
 METHODS: dict[str, str] = {
@@ -80,7 +80,7 @@ def mape_by_regime(
     As in `evaluate`: delays are scored over rows that waited longer than the feature set's floor only.
     """
     observed = response(frame, features.quantity)
-    scored = observed > (0 if features.quantity == "step_time" else features.noise_floor(configuration))
+    scored = scored_rows(observed, features, configuration)
     errors = pd.Series(percentage_errors(observed[scored], np.asarray(predicted_s)[scored]))
     regimes = frame["regime"].to_numpy()[scored]
     return pd.concat([errors.groupby(regimes, sort=False).mean(), pd.Series({ALL: errors.mean()})])

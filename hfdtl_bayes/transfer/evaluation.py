@@ -11,7 +11,7 @@ from scipy.stats import norm
 
 from hfdtl_bayes.configuration import ServingConfiguration
 from hfdtl_bayes.errors import InputError
-from hfdtl_bayes.features import response
+from hfdtl_bayes.features import FeatureSet, response
 from hfdtl_bayes.model import LatencyPosterior
 from hfdtl_bayes.statistics import DEFAULT_BLOCK_LENGTH
 from hfdtl_bayes.traces import time_blocks
@@ -84,10 +84,16 @@ def attainable_mape(error_sd: float) -> float:
     return float(np.exp(s**2) * (2 * norm.cdf(1.5 * s) - 1) - (2 * norm.cdf(0.5 * s) - 1))
 
 
-def error_sd(posterior: LatencyPosterior, config_id: str) -> float:
-    """Return the posterior median of a fitted configuration's relative error sd, noise and drift together."""
-    draws = posterior.draws(posterior.configuration(config_id))
+def error_sd(posterior: LatencyPosterior, configuration: ServingConfiguration, seed: int = 0) -> float:
+    """Return the posterior median of a configuration's relative error sd, noise and drift together; fitted or never seen."""
+    draws = posterior.draws(configuration, seed)
     return float(np.median(np.hypot(draws.sigma, draws.omega)))
+
+
+def scored_rows(observed: FloatArray, features: FeatureSet, configuration: ServingConfiguration) -> NDArray[np.bool_]:
+    """Return which rows percentage errors are taken over, shape (n,): all steps, but only delays longer than the floor."""
+    floor = 0.0 if features.quantity == "step_time" else features.noise_floor(configuration)
+    return np.asarray(observed > floor)
 
 
 def evaluate(
@@ -129,13 +135,13 @@ def evaluate(
             "inside": (observed >= predicted["q2.5_s"].to_numpy()) & (observed <= predicted["q97.5_s"].to_numpy()),
         }
     )
-    floor = posterior.feature_set.noise_floor(configuration)
-    judged["scored"] = observed > (0 if posterior.feature_set.quantity == "step_time" else floor)
-    if not judged["scored"].any():
+    scored = scored_rows(observed, posterior.feature_set, configuration)
+    judged["scored"] = scored
+    if not scored.any():
+        floor = posterior.feature_set.noise_floor(configuration)
         raise InputError(f"no held-out row of {configuration.config_id!r} waited longer than {floor:.3g} s: nothing to judge")
     judged["error"] = 0.0
     judged["squared"] = (judged["mean_s"] - judged["observed"]) ** 2
-    scored = judged["scored"].to_numpy()
     judged.loc[scored, "error"] = percentage_errors(observed[scored], judged["mean_s"].to_numpy()[scored])
     means = judged.groupby("block").agg(
         regime=("regime", "first"),
@@ -146,8 +152,6 @@ def evaluate(
         observed=("observed", "mean"),
     )
     means["inside"] = (means["observed"] >= block_means["q2.5_s"]) & (means["observed"] <= block_means["q97.5_s"])
-    draws = posterior.draws(configuration, seed)
-    spread = float(np.median(np.hypot(draws.sigma, draws.omega)))
 
     def measures(rows: pd.DataFrame, block_rows: pd.DataFrame) -> dict[str, float]:
         return {
@@ -171,7 +175,7 @@ def evaluate(
         bias=float(overall["bias"]),
         coverage=float(overall["coverage"]),
         block_coverage=float(overall["block_coverage"]),
-        attainable_mape=attainable_mape(spread),
+        attainable_mape=attainable_mape(error_sd(posterior, configuration, seed)),
         mean_uncertainty=float(
             np.median(predicted["sd_mean_s"] / posterior.scale_s(predicted["mean_s"].to_numpy(), configuration))
         ),

@@ -177,8 +177,8 @@ def verdict(
         )
     held_out = evaluate(posterior, held_out_rows, configuration, block_length=block_length, seed=seed)
     convergence = posterior.convergence()
-    own_sd = error_sd(posterior, configuration.config_id)
-    donor_sd = max((error_sd(posterior, d) for d in posterior.donors), default=own_sd)
+    own_sd = error_sd(posterior, configuration)
+    donor_sd = max((error_sd(posterior, posterior.configuration(d)) for d in posterior.donors), default=own_sd)
     limit = max(settings.mape_limit, settings.attainable_slack * attainable_mape(min(own_sd, donor_sd)))
     probability = probability_below(held_out, limit, settings.bootstrap, seed)
     inside, blocks = int(held_out.block_errors["inside"].sum()), held_out.blocks
