@@ -322,6 +322,14 @@ def test_names_cannot_become_terminal_markup(hostile: DemoResult) -> None:
     assert written.getvalue().count(HOSTILE) > 10
 
 
+def test_a_path_longer_than_a_line_is_folded_not_cut(demo: DemoResult, capsys: pytest.CaptureFixture[str]) -> None:
+    command = f"hfdtl-bayes predict /{'deep/' * 60}target.nc"
+    print_demo(replace(demo, summary=replace(demo.summary, command=command)), Console(width=80))
+    printed = capsys.readouterr().out
+    assert "…" not in printed
+    assert "".join(command.split()) in "".join(printed.split())
+
+
 @pytest.mark.parametrize("width", [80, 120])
 def test_the_printed_result_is_one_screen(demo: DemoResult, width: int, capsys: pytest.CaptureFixture[str]) -> None:
     print_demo(demo, Console(width=width))
@@ -330,6 +338,8 @@ def test_the_printed_result_is_one_screen(demo: DemoResult, width: int, capsys: 
     assert len(lines) <= 48
     assert max(map(len, lines)) <= width
     words = " ".join(printed.split())
+    # Long paths are folded anywhere.
+    letters = "".join(printed.split())
     assert demo.summary.verdict.recommendation in words
     assert str(demo.summary.verdict.outcome) in words
     for check in demo.summary.verdict.checks:
@@ -339,7 +349,8 @@ def test_the_printed_result_is_one_screen(demo: DemoResult, width: int, capsys: 
         (line,) = [x for x in lines if x.strip().startswith(str(regime))]
         assert f"{100 * row[CALIBRATED]:.1f}" in line.split()
         assert f"{100 * row['attainable']:.1f}" in line.split()
-    assert f"{demo.out / 'summary.html'}; it explains all {len(demo.files)} files" in words.replace("- ", "-")
+    assert "".join(f"{demo.out / 'summary.html'}; it explains all {len(demo.files)} files".split()) in letters
+    assert "".join(demo.summary.command.split()) in letters
     for stage in demo.summary.seconds:
         assert stage in words
 

@@ -382,6 +382,9 @@ def print_demo(result: DemoResult, console: Console) -> None:
     def grid(*rows: tuple[Text, Text]) -> None:
         # Names are user text: rich's markup never sees them.
         table = Table.grid(padding=(0, 1))
+        table.add_column()
+        # A path longer than the line goes on in the next: rich's default would cut it.
+        table.add_column(overflow="fold")
         for row in rows:
             table.add_row(*row)
         console.print(table)
