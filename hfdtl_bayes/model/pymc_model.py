@@ -30,12 +30,21 @@ from hfdtl_bayes.model.priors import PositiveRange, PriorSettings, deviation_sca
 from hfdtl_bayes.statistics import ConfigStatistics, PseudoRows, pseudo_rows
 
 
+def hierarchy_data(
+    statistics: Sequence[ConfigStatistics], feature_set: FeatureSet, priors: PriorSettings
+) -> dict[str, np.ndarray]:
+    """Return the values of every `pm.Data` that the hierarchy reads, by name; the same for every likelihood."""
+    return {
+        "hardware_index": hardware_index(statistics).astype(np.int32),
+        "config_row": np.array([s.config_row for s in statistics]).reshape(len(statistics), -1),
+        **reference_coordinates(statistics, feature_set, priors),
+    }
+
+
 def model_data(statistics: Sequence[ConfigStatistics], feature_set: FeatureSet, priors: PriorSettings) -> dict[str, np.ndarray]:
     """Return the values of every `pm.Data` of the model, by name; replace them to refit without compiling again."""
     rows: PseudoRows = pseudo_rows(statistics)
     return {
-        "hardware_index": hardware_index(statistics).astype(np.int32),
-        "config_row": np.array([s.config_row for s in statistics]).reshape(len(statistics), -1),
         "r": rows.r,
         "z_observed": rows.z,
         "z_config": rows.config.astype(np.int32),
@@ -44,8 +53,38 @@ def model_data(statistics: Sequence[ConfigStatistics], feature_set: FeatureSet, 
         "rss_dof": rows.dof,
         "rss_config": rows.rss_config.astype(np.int32),
         "rss_multiplier": rows.rss_multiplier.astype(np.float64),
-        **reference_coordinates(statistics, feature_set, priors),
+        **hierarchy_data(statistics, feature_set, priors),
     }
+
+
+def coefficients(data: dict[str, pt.TensorVariable], feature_set: FeatureSet, priors: PriorSettings) -> pt.TensorVariable:
+    """Add the coefficients, population to configurations, to the model under construction; return theta, shape (C, K).
+
+    Parameters
+    ----------
+    data : dict
+        The variables of `hierarchy_data`.
+    feature_set : FeatureSet
+    priors : PriorSettings
+    """
+    mean, sd = population_mean(feature_set), population_sd(feature_set)
+    n_base, n_config = len(feature_set.base), len(feature_set.config)
+    base, config, residual = np.split(np.arange(len(mean)), [n_base, n_base + n_config])
+    beta = pm.Normal("beta", mean[base], sd[base], dims="base")
+    delta = pm.Normal("delta", mean[residual], sd[residual], dims="residual")
+    tau = _lognormal("tau", priors.deviation, dims="coef")
+    population = pt.concatenate([beta, delta])
+    # The number of configurations stays symbolic, so that one compilation serves donors with and without a target.
+    centre = pt.broadcast_to(population, (data["eta_information"].shape[0], population.shape[0]))
+    if n_config:
+        gamma = pm.Normal("gamma", mean[config], sd[config], dims="config_feature")
+        centre = pt.inc_subtensor(centre[:, n_base], data["config_row"] @ gamma)
+    share = pm.Beta("hardware_share", priors.hardware_share, priors.hardware_share)
+    deviation = tau * deviation_scale(feature_set)
+    hardware_z = pm.Normal("hardware_effect_z", dims=("hardware", "coef"))
+    hardware = pm.Deterministic("hardware_effect", pt.sqrt(share) * deviation * hardware_z, dims=("hardware", "coef"))
+    centre = centre + hardware[data["hardware_index"]]
+    return group_effects("theta", centre, pt.sqrt(1 - share) * deviation, data, ("config", "coef"))
 
 
 def build_model(statistics: Sequence[ConfigStatistics], feature_set: FeatureSet, priors: PriorSettings | None = None) -> pm.Model:
@@ -72,32 +111,17 @@ def build_model(statistics: Sequence[ConfigStatistics], feature_set: FeatureSet,
     """
     check_statistics(statistics, feature_set)
     priors = priors or PriorSettings()
-    mean, sd = population_mean(feature_set), population_sd(feature_set)
-    n_base, n_config = len(feature_set.base), len(feature_set.config)
-    base, config, residual = np.split(np.arange(len(mean)), [n_base, n_base + n_config])
     coords = coordinate_values(statistics, feature_set)
     values = model_data(statistics, feature_set, priors)
     with pm.Model(coords=coords) as model:
         data = {name: pm.Data(name, value) for name, value in values.items()}
-        beta = pm.Normal("beta", mean[base], sd[base], dims="base")
-        delta = pm.Normal("delta", mean[residual], sd[residual], dims="residual")
-        tau = _lognormal("tau", priors.deviation, dims="coef")
-        population = pt.concatenate([beta, delta])
-        # The number of configurations stays symbolic, so that one compilation serves donors with and without a target.
-        centre = pt.broadcast_to(population, (data["eta_information"].shape[0], population.shape[0]))
-        if n_config:
-            gamma = pm.Normal("gamma", mean[config], sd[config], dims="config_feature")
-            centre = pt.inc_subtensor(centre[:, n_base], data["config_row"] @ gamma)
-        share = pm.Beta("hardware_share", priors.hardware_share, priors.hardware_share)
-        deviation = tau * deviation_scale(feature_set)
-        hardware_z = pm.Normal("hardware_effect_z", dims=("hardware", "coef"))
-        hardware = pm.Deterministic("hardware_effect", pt.sqrt(share) * deviation * hardware_z, dims=("hardware", "coef"))
-        centre = centre + hardware[data["hardware_index"]]
-        theta = group_effects("theta", centre, pt.sqrt(1 - share) * deviation, data, ("config", "coef"))
-        sigma = _pooled_scale("sigma", priors.noise, priors.noise_spread)
-        omega = _pooled_scale("omega", priors.drift, priors.drift_spread)
+        theta = coefficients(data, feature_set, priors)
+        sigma = pooled_scale("sigma", priors.noise, priors.noise_spread)
+        omega = None if priors.drift is None else pooled_scale("omega", priors.drift, priors.drift_spread)
 
         def error_sd(config_index: pt.TensorVariable, multiplier: pt.TensorVariable) -> pt.TensorVariable:
+            if omega is None:
+                return sigma[config_index]
             return pt.sqrt(sigma[config_index] ** 2 + multiplier * omega[config_index] ** 2)
 
         pm.Normal(
@@ -115,7 +139,7 @@ def _lognormal(name: str, prior: PositiveRange, **kwargs: object) -> pt.TensorVa
     return pm.LogNormal(name, prior.log_mean, prior.log_sd, **kwargs)
 
 
-def _pooled_scale(name: str, typical: PositiveRange, spread: PositiveRange) -> pt.TensorVariable:
+def pooled_scale(name: str, typical: PositiveRange, spread: PositiveRange) -> pt.TensorVariable:
     """Return one positive scale per configuration, lognormal around the typical one."""
     median = _lognormal(f"{name}_typical", typical)
     between = _lognormal(f"{name}_spread", spread)
