@@ -238,7 +238,7 @@ class FeatureSet:
 
         Returns
         -------
-        ndarray, shape (n, K)
+        ndarray, shape (n, K), columns contiguous
             Seconds per unit coefficient.
 
         Raises
@@ -247,17 +247,20 @@ class FeatureSet:
             If a trace column is missing or a feature is not finite somewhere; both are named.
         """
         self._require_columns(frame, configuration)
-        design = np.empty((len(frame), len(self.varying)))
+        columns = np.empty((len(self.varying), len(frame)))
         for k, feature in enumerate(self.varying):
             column = np.asarray(feature.compute(frame, configuration), dtype=float)
-            if not np.isfinite(column).all():
+            with np.errstate(over="ignore", invalid="ignore"):
+                total = column.sum()
+            # The sum of finite numbers is finite but for an overflow, and cheaper than looking at each.
+            if not (np.isfinite(total) or np.isfinite(column).all()):
                 row = int(np.flatnonzero(~np.isfinite(column))[0])
                 raise InputError(
                     f"feature {feature.name!r} of {configuration.config_id!r} is not finite at row {row}: "
                     f"{feature.formula}; check the columns {', '.join(feature.columns)} of that row"
                 )
-            design[:, k] = column * feature.reference
-        return design
+            np.multiply(column, feature.reference, out=columns[k])
+        return columns.T
 
     def _require_columns(self, frame: pd.DataFrame, configuration: ServingConfiguration) -> None:
         missing = [c for c in self.columns if c not in frame.columns]

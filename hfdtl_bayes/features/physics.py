@@ -9,8 +9,9 @@ The roofline is that of Williams, Waterman & Patterson (2009), doi:10.1145/14987
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 
 import numpy as np
 import pandas as pd
@@ -71,6 +72,27 @@ def batch_requests(frame: pd.DataFrame) -> FloatArray:
     return _column(frame, "prefill_requests") + _column(frame, "decode_requests")
 
 
+_LARGEST_COUNT = 2**16
+"""Largest count for which a table is made: 512 KB, which the processor's cache holds."""
+
+
+def _counts(values: FloatArray) -> NDArray[np.intp] | None:
+    """Return the values as indices if all are whole and there are more of them than counts up to the largest; otherwise None."""
+    if not (values.max(initial=0.0) < min(len(values), _LARGEST_COUNT) and values.min(initial=0.0) >= 0.0):
+        return None
+    counts = values.astype(np.intp)
+    return counts if bool((counts == values).all()) else None
+
+
+def by_count(values: FloatArray, formula: Callable[[FloatArray], FloatArray]) -> FloatArray:
+    """Return formula(values) of a formula of one count, element by element, shape (n,).
+
+    Where there are more rows than counts up to the largest, the formula is evaluated once per count and looked up.
+    """
+    counts = _counts(values)
+    return formula(values) if counts is None else formula(np.arange(counts.max(initial=0) + 1.0)).take(counts)
+
+
 @dataclass(frozen=True)
 class Gemm:
     """A dense matrix product of one step on one GPU: `count` times (tokens, inner) by (inner, outer)."""
@@ -120,11 +142,12 @@ def weight_read_s(configuration: ServingConfiguration) -> float:
 
 def gemm_s(frame: pd.DataFrame, configuration: ServingConfiguration) -> FloatArray:
     """Dense GEMM time at peak FLOP/s: sum of 2 * rows * inner * outer * count / peak_flops, shape (n,)."""
-    tokens, requests = batch_tokens(frame), batch_requests(frame)
-    flops = np.zeros(len(frame))
-    for g in dense_gemms(configuration):
-        flops += 2.0 * g.count * g.inner * g.outer * (requests if g.per_request else tokens)
-    return flops / peak_flops(configuration)
+    per_token, per_request = (
+        sum(2.0 * g.count * g.inner * g.outer for g in dense_gemms(configuration) if g.per_request is kind)
+        for kind in (False, True)
+    )
+    peak = peak_flops(configuration)
+    return batch_tokens(frame) * (per_token / peak) + batch_requests(frame) * (per_request / peak)
 
 
 def smooth_max(a: FloatArray, b: FloatArray | float, sharpness: float) -> FloatArray:
@@ -140,15 +163,19 @@ def dense_gemm_excess_s(frame: pd.DataFrame, configuration: ServingConfiguration
     is compute-bound, which is how max(compute, memory) enters a model that stays linear in its coefficients.
     """
     peak, width = peak_flops(configuration), configuration.hardware.memory_bandwidth
-    tokens, requests = batch_tokens(frame), batch_requests(frame)
-    excess = np.zeros(len(frame))
-    for g in dense_gemms(configuration):
-        rows = requests if g.per_request else tokens
-        compute = 2.0 * rows * g.inner * g.outer / peak / SETTINGS.compute_efficiency
-        weights = g.inner * g.outer * g.bytes_per_param / width / SETTINGS.memory_efficiency
-        activations = rows * (g.inner + g.outer) * 2.0 / width / SETTINGS.memory_efficiency
-        excess += g.count * (smooth_max(compute, weights + activations, SETTINGS.sharpness) - weights)
-    return excess * SETTINGS.compute_efficiency
+    gemms = dense_gemms(configuration)
+
+    def excess(rows: FloatArray, per_request: bool) -> FloatArray:
+        total = np.zeros(len(rows))
+        for g in (g for g in gemms if g.per_request is per_request):
+            compute = 2.0 * rows * g.inner * g.outer / peak / SETTINGS.compute_efficiency
+            weights = g.inner * g.outer * g.bytes_per_param / width / SETTINGS.memory_efficiency
+            activations = rows * (g.inner + g.outer) * 2.0 / width / SETTINGS.memory_efficiency
+            total += g.count * (smooth_max(compute, weights + activations, SETTINGS.sharpness) - weights)
+        return total * SETTINGS.compute_efficiency
+
+    of_tokens = by_count(batch_tokens(frame), lambda tokens: excess(tokens, False))
+    return of_tokens + by_count(batch_requests(frame), lambda requests: excess(requests, True))
 
 
 def hidden_s(work_s: FloatArray, excess_s: FloatArray) -> FloatArray:
@@ -196,9 +223,24 @@ def distinct_experts(tokens: FloatArray, configuration: ServingConfiguration, sk
     sum over experts of 1 - (1 - q_e)^tokens, with q_e from `expert_inclusion_probability`.
     """
     llm = configuration.llm
-    q = np.array(expert_inclusion_probability(llm.num_experts, llm.num_experts_per_token, skew))
+    routing = (llm.num_experts, llm.num_experts_per_token, skew)
+    counts = _counts(tokens)
+    if counts is not None:
+        # Batch after batch asks for the same counts; with a hundred experts their powers are what a batch costs.
+        return _distinct_experts_table(*routing, 2 ** int(counts.max(initial=0)).bit_length()).take(counts)
     unique, inverse = np.unique(tokens, return_inverse=True)
-    return np.asarray((1.0 - (1.0 - q)[None, :] ** unique[:, None]).sum(axis=1)[inverse])
+    return _distinct_experts(unique, *routing)[inverse]
+
+
+def _distinct_experts(tokens: FloatArray, num_experts: int, experts_per_token: int, skew: float) -> FloatArray:
+    q = np.array(expert_inclusion_probability(num_experts, experts_per_token, skew))
+    return np.asarray((1.0 - (1.0 - q)[None, :] ** tokens[:, None]).sum(axis=1))
+
+
+@lru_cache(maxsize=16)
+def _distinct_experts_table(num_experts: int, experts_per_token: int, skew: float, size: int) -> FloatArray:
+    parts = np.array_split(np.arange(float(size)), -(-size // 1024))
+    return np.concatenate([_distinct_experts(part, num_experts, experts_per_token, skew) for part in parts])
 
 
 def expert_group(configuration: ServingConfiguration) -> int:
@@ -219,11 +261,14 @@ def expert_weight_read_s(frame: pd.DataFrame, configuration: ServingConfiguratio
     step of one engine; the others, which run in step with it and send their tokens to the same experts, are taken to
     have batches of the same size.
     """
-    llm = configuration.llm
-    if not llm.num_moe_layers:
+    if not configuration.llm.num_moe_layers:
         return np.zeros(len(frame))
-    tokens = configuration.engine.data_parallel * batch_tokens(frame)
-    hit = distinct_experts(tokens, configuration, SETTINGS.routing_skew)
+    return _expert_weight_read_s(batch_tokens(frame), configuration)
+
+
+def _expert_weight_read_s(tokens: FloatArray, configuration: ServingConfiguration) -> FloatArray:
+    llm = configuration.llm
+    hit = distinct_experts(configuration.engine.data_parallel * tokens, configuration, SETTINGS.routing_skew)
     size = llm.num_moe_layers * llm.expert_params * llm.weight_bytes_per_param
     return hit * size / expert_group(configuration) / configuration.hardware.memory_bandwidth
 
@@ -233,10 +278,14 @@ def expert_gemm_s(frame: pd.DataFrame, configuration: ServingConfiguration) -> F
 
     Data parallelism leaves it as it is: dp engines send their tokens, batches of the same size, to dp times as many GPUs.
     """
-    llm = configuration.llm
-    if not llm.num_moe_layers:
+    if not configuration.llm.num_moe_layers:
         return np.zeros(len(frame))
-    flops = 2.0 * llm.num_experts_per_token * batch_tokens(frame) * llm.expert_params * llm.num_moe_layers
+    return _expert_gemm_s(batch_tokens(frame), configuration)
+
+
+def _expert_gemm_s(tokens: FloatArray, configuration: ServingConfiguration) -> FloatArray:
+    llm = configuration.llm
+    flops = 2.0 * llm.num_experts_per_token * tokens * llm.expert_params * llm.num_moe_layers
     return flops / configuration.engine.tensor_parallel / peak_flops(configuration)
 
 
@@ -244,9 +293,13 @@ def expert_gemm_excess_s(frame: pd.DataFrame, configuration: ServingConfiguratio
     """As `dense_gemm_excess_s` for the grouped GEMMs of the routed experts: all together, against the experts that are hit, shape (n,)."""
     if not configuration.llm.num_moe_layers:
         return np.zeros(len(frame))
-    compute = expert_gemm_s(frame, configuration) / SETTINGS.expert_compute_efficiency
-    read = expert_weight_read_s(frame, configuration) / SETTINGS.memory_efficiency
-    return (smooth_max(compute, read, SETTINGS.sharpness) - read) * SETTINGS.expert_compute_efficiency
+
+    def excess(tokens: FloatArray) -> FloatArray:
+        compute = _expert_gemm_s(tokens, configuration) / SETTINGS.expert_compute_efficiency
+        read = _expert_weight_read_s(tokens, configuration) / SETTINGS.memory_efficiency
+        return (smooth_max(compute, read, SETTINGS.sharpness) - read) * SETTINGS.expert_compute_efficiency
+
+    return by_count(batch_tokens(frame), excess)
 
 
 def gemm_excess_s(frame: pd.DataFrame, configuration: ServingConfiguration) -> FloatArray:
