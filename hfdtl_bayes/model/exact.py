@@ -348,6 +348,23 @@ class ExactDensity:
             tails += [float(r.sum() / spread - a / prior.log_sd), float(r @ r - len(logs) - b / spread_prior.log_sd)]
         return value, np.concatenate([*parts, tails])
 
+    def population(self, x: FloatArray) -> tuple[FloatArray, FloatArray]:
+        """Return mean and covariance of (beta, gamma, delta) given the scales.
+
+        Parameters
+        ----------
+        x : ndarray, shape (S, size)
+
+        Returns
+        -------
+        mean : ndarray, shape (S, P)
+            In reference units.
+        covariance : ndarray, shape (S, P, P)
+        """
+        log_tau, logit, log_sigma, log_omega, *_ = self.split(x)
+        s = self._solve(*self._sds(log_tau, logit), np.exp(log_sigma), np.exp(log_omega))
+        return self.mean + self.sd * s.population_mean, self.sd[:, None] * s.population_inverse * self.sd
+
     def predictive(self, x: FloatArray, configuration: ServingConfiguration) -> tuple[FloatArray, FloatArray]:
         """Return mean and covariance of the coefficients of a configuration that is not among those fitted, given the scales.
 
