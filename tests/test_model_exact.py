@@ -181,6 +181,12 @@ def test_a_new_configuration_has_its_exact_predictive_mean_and_covariance(name: 
         sd = np.sqrt(np.diag(expected))
         np.testing.assert_allclose((found_mean[0] - make @ mean) / sd, 0, atol=1e-6)
         np.testing.assert_allclose(found_covariance[0] / np.outer(sd, sd), expected / np.outer(sd, sd), atol=1e-6)
+        # And what its coefficients would say of everything fitted.
+        parts = density.covariance_with(x[None], own)
+        assert list(parts) == ["population", "hardware_effect", "theta"]
+        found = np.concatenate([v[0].reshape(-1, K) for v in parts.values()])
+        every = np.outer(np.sqrt(np.diag(covariance)), sd)
+        np.testing.assert_allclose(found / every, covariance @ make.T / every, atol=1e-6)
 
 
 def test_the_effects_of_hardware_are_their_scores_times_their_sd() -> None:

@@ -400,6 +400,36 @@ class ExactDensity:
         covariance[:, diagonal, diagonal] += own_sd**2
         return mean, covariance + slope @ s.population_inverse @ _t(slope)
 
+    def covariance_with(self, x: FloatArray, configuration: ServingConfiguration) -> dict[str, FloatArray]:
+        """Return how everything fitted varies with the coefficients of a configuration that is not, given the scales and the rows.
+
+        Parameters
+        ----------
+        x : ndarray, shape (S, size)
+        configuration : ServingConfiguration
+
+        Returns
+        -------
+        dict
+            Covariances with the coefficients `predictive` describes, in reference units: of `population`, shape (S, P, K), of
+            `hardware_effect`, shape (S, H, K, K), of `theta`, shape (S, C, K, K).
+        """
+        log_tau, logit, log_sigma, log_omega, *_ = self.split(x)
+        own_sd, shared_sd = self._sds(log_tau, logit)
+        s = self._solve(own_sd, shared_sd, np.exp(log_sigma), np.exp(log_omega))
+        slope = population_loading(self.feature_set, config_to_constant(self.feature_set, configuration)) * self.sd
+        name = configuration.hardware.name
+        shared = np.zeros((len(x), len(self.hardware_names), self.count_coef, self.count_coef))
+        if name in self.hardware_names:
+            h = self.hardware_names.index(name)
+            slope = slope - shared_sd[..., None] * s.hardware_map[:, h]
+            shared[:, h] = s.hardware_inverse[:, h] * shared_sd[:, None, :]
+        # xi, then the standard normal effects given xi, then the centres the coefficients are shrunk to.
+        population = s.population_inverse @ _t(np.broadcast_to(slope, (len(x), *slope.shape[-2:])))
+        shared = shared_sd[:, None, :, None] * (shared - s.hardware_map @ population[:, None])
+        centre = self.loading @ population[:, None] + shared[:, self.hardware]
+        return {"population": self.sd[:, None] * population, "hardware_effect": shared, "theta": s.shrink @ centre}
+
     def draw(self, x: FloatArray, rng: np.random.Generator) -> dict[str, FloatArray]:
         """Draw the coefficients exactly, once for each value of the scales.
 
