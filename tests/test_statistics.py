@@ -19,7 +19,7 @@ from hfdtl_bayes.features import feature_set
 from hfdtl_bayes.statistics import (
     ConfigStatistics,
     PseudoRows,
-    pilot_coefficients,
+    fit_row_scaling,
     pseudo_rows,
     row_scale,
     statistics_from_rows,
@@ -35,6 +35,10 @@ def rows_of(seed: int, count: int) -> pd.DataFrame:
 
 def reduce(frame: pd.DataFrame, pilot: Sequence[float] | None = None, block_length: int = BLOCK) -> ConfigStatistics:
     return statistics_from_rows(frame, ONE, TINY, block_length=block_length, pilot=pilot)
+
+
+def blocks_of(rows: int, length: int = BLOCK) -> np.ndarray:
+    return np.arange(rows) // length
 
 
 def assert_equal(a: ConfigStatistics, b: ConfigStatistics, rtol: float = 1e-9) -> None:
@@ -239,7 +243,11 @@ def test_different_things_do_not_merge() -> None:
         "different feature set": statistics_from_rows(frame, ONE, replace(TINY, name="other"), pilot=pilot),
         r"different row scale \(pilot\)": reduce(frame, pilot * 1.01),
         "different columns": replace(own, coef_names=("a", "b", "c")),
-        "different scale floor": replace(own, floor_s=2e-3),
+        "different scale floor": replace(own, scaling=replace(own.scaling, floor_s=2e-3)),
+        "different outlier cutoff": replace(own, scaling=replace(own.scaling, cutoff=5.0)),
+        "different robust sd of rows": replace(own, scaling=replace(own.scaling, row_sd=0.1)),
+        "different robust sd of blocks": replace(own, scaling=replace(own.scaling, block_sd=0.1)),
+        "different block length": reduce(frame, pilot, BLOCK + 1),
     }
     for message, other in cases.items():
         with pytest.raises(StatisticsError, match=message):
@@ -276,17 +284,24 @@ def test_the_pilot_is_a_fixed_point_and_near_the_mean_of_good_data() -> None:
     design = TINY.design(frame, ONE)
     rng = np.random.default_rng(15)
     observed = design @ truth * (1 + 0.05 * rng.standard_normal(len(frame)))
-    found = pilot_coefficients(design, observed, TINY, ONE)
+    found = fit_row_scaling(design, observed, blocks_of(len(frame)), TINY, ONE).pilot
     np.testing.assert_allclose(found, truth, rtol=0.02)
     np.testing.assert_allclose(row_scale(design, found, 1e-3), design @ truth, rtol=0.01)
 
 
-@given(seed=st.integers(0, 2**31), count=st.integers(1, 40), factor=st.sampled_from([0.0, 1e-3, 1.0, 1e3]))
-def test_the_pilot_is_never_negative_and_the_scale_never_below_the_floor(seed: int, count: int, factor: float) -> None:
+@given(
+    seed=st.integers(0, 2**31),
+    count=st.integers(1, 40),
+    factor=st.sampled_from([0.0, 1e-3, 1.0, 1e3]),
+    cutoff=st.sampled_from([2.0, 5.0, np.inf]),
+)
+def test_the_pilot_is_never_negative_and_the_scale_never_below_the_floor(
+    seed: int, count: int, factor: float, cutoff: float
+) -> None:
     rng = np.random.default_rng(seed)
     frame = batches(rng, count)
     design = TINY.design(frame, ONE)
-    found = pilot_coefficients(design, factor * rng.exponential(0.01, count), TINY, ONE)
+    found = fit_row_scaling(design, factor * rng.exponential(0.01, count), blocks_of(count), TINY, ONE, cutoff).pilot
     assert np.isfinite(found).all()
     assert (found >= 0).all()
     assert (row_scale(design, found, 1e-3) >= 1e-3).all()

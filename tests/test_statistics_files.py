@@ -10,11 +10,19 @@ import pytest
 import xarray as xr
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from simulation import THREE, TINY, configuration, simulate
+from simulation import BLOCK, THREE, TINY, configuration, simulate
 
 from hfdtl_bayes.errors import StatisticsError
 from hfdtl_bayes.features import Level
-from hfdtl_bayes.statistics import ConfigStatistics, Stratum, input_hash, statistics_from_dataset, statistics_to_dataset
+from hfdtl_bayes.statistics import (
+    ConfigStatistics,
+    Downweighted,
+    RowScaling,
+    Stratum,
+    input_hash,
+    statistics_from_dataset,
+    statistics_to_dataset,
+)
 
 
 def assert_identical(a: ConfigStatistics, b: ConfigStatistics) -> None:
@@ -24,6 +32,8 @@ def assert_identical(a: ConfigStatistics, b: ConfigStatistics) -> None:
             assert [(s.multiplier, s.count) for s in mine] == [(s.multiplier, s.count) for s in theirs]
             for one, two in zip(mine, theirs, strict=True):
                 np.testing.assert_array_equal(one.triangle, two.triangle, strict=True)
+        elif isinstance(mine, RowScaling):
+            assert mine.difference(theirs) is None
         elif isinstance(mine, np.ndarray):
             np.testing.assert_array_equal(mine, theirs, strict=True)
         else:
@@ -58,14 +68,21 @@ def test_a_set_without_config_features_comes_back(tmp_path: Path) -> None:
         assert_identical(own, statistics_from_dataset(stored.load()))
 
 
-@pytest.mark.parametrize("name", ["triangle", "multiplier", "pilot", "floor_s", "rows", "log_scale_sum", "config_row"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("triangle", "multiplier", "pilot", "floor_s", "cutoff", "row_sd", "block_sd", "block_length", "rows", "total_s"),
+        *("log_scale_sum", "config_row"),
+    ],
+)
 def test_a_missing_field_is_named(name: str) -> None:
     dataset = statistics_to_dataset(simulate(1).statistics[0], TINY)
     with pytest.raises(StatisticsError, match=f"cannot be read: .*{name}"):
         statistics_from_dataset(dataset.drop_vars(name))
-    del dataset.attrs["configuration"]
-    with pytest.raises(StatisticsError, match="configuration"):
-        statistics_from_dataset(dataset)
+    for attribute in ("downweighted", "configuration"):
+        del dataset.attrs[attribute]
+        with pytest.raises(StatisticsError, match=attribute):
+            statistics_from_dataset(dataset)
 
 
 def test_a_damaged_configuration_is_refused() -> None:
@@ -80,14 +97,30 @@ CHANGES = {
     "feature_set": "other",
     "quantity": "api_delay",
     "coef_names": ("prefill", "constant", "decode"),
-    "pilot": np.array([1.0, 1.0, 1.0]),
-    "floor_s": 1.1e-3,
+    "block_length": BLOCK + 1,
+    "downweighted": Downweighted(rows=1),
+    "total_s": 1.0,
     "constant_s": 5.1e-3,
     "config_row": np.array([0.41]),
     "rows": 61,
     "blocks": 7,
     "log_scale_sum": -1.0,
 }
+
+
+SCALING_CHANGES = {"pilot": np.array([1.0, 1.0, 1.0]), "floor_s": 1.1e-3, "cutoff": 4.0, "row_sd": 0.1, "block_sd": 0.1}
+
+
+@pytest.mark.parametrize("name", SCALING_CHANGES)
+def test_the_hash_changes_with_the_scaling(name: str) -> None:
+    own = simulate(1).statistics[0]
+    changed = replace(own, scaling=replace(own.scaling, **{name: SCALING_CHANGES[name]}))
+    assert input_hash([changed]) != input_hash([own])
+
+
+def test_the_hash_covers_every_field() -> None:
+    assert {f.name for f in fields(ConfigStatistics)} == {*CHANGES, "scaling", "strata"}
+    assert {f.name for f in fields(RowScaling)} == set(SCALING_CHANGES)
 
 
 @pytest.mark.parametrize("name", [*CHANGES, "count", "multiplier", "triangle"])

@@ -1,7 +1,14 @@
 """Column-scaled QR sufficient statistics with drift blocks."""
 
 from hfdtl_bayes.statistics.files import input_hash, statistics_from_dataset, statistics_to_dataset
-from hfdtl_bayes.statistics.pilot import config_to_constant, constant_s, own_prior, pilot_coefficients, row_scale
+from hfdtl_bayes.statistics.pilot import (
+    DEFAULT_OUTLIER_CUTOFF,
+    config_to_constant,
+    constant_s,
+    fit_row_scaling,
+    own_prior,
+)
+from hfdtl_bayes.statistics.scaling import Downweighted, RowScaling, row_scale
 from hfdtl_bayes.statistics.sufficient import (
     DEFAULT_BLOCK_LENGTH,
     ConfigStatistics,
@@ -13,14 +20,17 @@ from hfdtl_bayes.statistics.sufficient import (
 
 __all__ = [
     "DEFAULT_BLOCK_LENGTH",
+    "DEFAULT_OUTLIER_CUTOFF",
     "ConfigStatistics",
+    "Downweighted",
     "PseudoRows",
+    "RowScaling",
     "Stratum",
     "config_to_constant",
     "constant_s",
+    "fit_row_scaling",
     "input_hash",
     "own_prior",
-    "pilot_coefficients",
     "pseudo_rows",
     "row_scale",
     "statistics_from_dataset",

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
 
 import numpy as np
 import xarray as xr
@@ -12,7 +14,11 @@ import xarray as xr
 from hfdtl_bayes.configuration import configuration_from_mapping
 from hfdtl_bayes.errors import StatisticsError
 from hfdtl_bayes.features import FeatureSet
+from hfdtl_bayes.statistics.scaling import Downweighted, RowScaling
 from hfdtl_bayes.statistics.sufficient import ConfigStatistics, Stratum
+
+# Fields of RowScaling beside the pilot.
+_SCALING = ("floor_s", "cutoff", "row_sd", "block_sd")
 
 
 def statistics_to_dataset(statistics: ConfigStatistics, feature_set: FeatureSet) -> xr.Dataset:
@@ -32,13 +38,15 @@ def statistics_to_dataset(statistics: ConfigStatistics, feature_set: FeatureSet)
             "triangle_rows": ("stratum", np.array([len(s.triangle) for s in statistics.strata])),
             "multiplier": ("stratum", np.array([s.multiplier for s in statistics.strata])),
             "count": ("stratum", np.array([s.count for s in statistics.strata])),
-            "pilot": ("coef", np.asarray(statistics.pilot, dtype=float)),
+            "pilot": ("coef", np.asarray(statistics.scaling.pilot, dtype=float)),
             "reference": ("coef", feature_set.references),
             "unit": ("coef", [units[n] for n in statistics.coef_names]),
             "config_row": ("config_feature", np.asarray(statistics.config_row, dtype=float)),
-            "floor_s": ((), statistics.floor_s),
+            **{name: ((), getattr(statistics.scaling, name)) for name in _SCALING},
+            "block_length": ((), statistics.block_length),
             "constant_s": ((), statistics.constant_s),
             "log_scale_sum": ((), statistics.log_scale_sum),
+            "total_s": ((), statistics.total_s),
             "rows": ((), statistics.rows),
             "blocks": ((), statistics.blocks),
         },
@@ -51,6 +59,7 @@ def statistics_to_dataset(statistics: ConfigStatistics, feature_set: FeatureSet)
             "feature_set": statistics.feature_set,
             "quantity": statistics.quantity,
             "configuration": json.dumps(statistics.configuration.dump()),
+            "downweighted": json.dumps(asdict(statistics.downweighted)),
         },
     )
 
@@ -79,17 +88,23 @@ def statistics_from_dataset(dataset: xr.Dataset) -> ConfigStatistics:
             feature_set=str(dataset.attrs["feature_set"]),
             quantity=str(dataset.attrs["quantity"]),
             coef_names=tuple(str(n) for n in dataset["coef"].to_numpy()),
-            pilot=dataset["pilot"].to_numpy(),
-            floor_s=float(dataset["floor_s"]),
+            scaling=RowScaling(dataset["pilot"].to_numpy(), **{name: float(dataset[name]) for name in _SCALING}),
+            block_length=int(dataset["block_length"]),
             constant_s=float(dataset["constant_s"]),
             config_row=dataset["config_row"].to_numpy() if dataset.sizes.get("config_feature") else np.zeros(0),
             rows=int(dataset["rows"]),
             blocks=int(dataset["blocks"]),
             log_scale_sum=float(dataset["log_scale_sum"]),
+            total_s=float(dataset["total_s"]),
+            downweighted=_downweighted(json.loads(dataset.attrs["downweighted"])),
             strata=strata,
         )
     except (KeyError, ValueError, TypeError) as error:
         raise StatisticsError(f"stored statistics cannot be read: {error}") from error
+
+
+def _downweighted(stored: dict[str, Any]) -> Downweighted:
+    return Downweighted(**{**stored, "by_regime": tuple((str(name), int(count)) for name, count in stored["by_regime"])})
 
 
 def input_hash(statistics: Sequence[ConfigStatistics]) -> str:
@@ -100,10 +115,12 @@ def input_hash(statistics: Sequence[ConfigStatistics]) -> str:
             "configuration": s.configuration.dump(),
             "set": [s.feature_set, s.quantity],
             "columns": s.coef_names,
-            "counts": [s.rows, s.blocks, [(stratum.multiplier, stratum.count) for stratum in s.strata]],
+            "downweighted": asdict(s.downweighted),
+            "counts": [s.rows, s.blocks, s.block_length, [(stratum.multiplier, stratum.count) for stratum in s.strata]],
         }
         digest.update(json.dumps(head, sort_keys=True, default=str).encode())
-        numbers = [s.pilot, [s.floor_s, s.constant_s, s.log_scale_sum], s.config_row, *(stratum.triangle for stratum in s.strata)]
+        scalars = [*(getattr(s.scaling, name) for name in _SCALING), s.constant_s, s.log_scale_sum, s.total_s]
+        numbers = [s.pilot, scalars, s.config_row, *(stratum.triangle for stratum in s.strata)]
         for values in numbers:
             digest.update(np.ascontiguousarray(values, dtype="<f8").tobytes())
     return digest.hexdigest()

@@ -1,8 +1,8 @@
-"""The pilot fit: the scale errors are relative to.
+"""The pilot fit: the scale errors are relative to, and what is an outlier.
 
 Errors of step times grow with the mean, so rows are divided by a pilot estimate of their mean before anything else. The
-pilot is a non-negative, prior-regularised relative least-squares fit, iterated to a fixed point; the model conditions on
-the scale it gives. Only the scale depends on it: its coefficients are not used further.
+pilot is a non-negative, prior-regularised relative least-squares fit with capped influence, iterated to a fixed point; the model
+conditions on the scales and weights it gives. Only these depend on it: its coefficients are not used further.
 """
 
 from __future__ import annotations
@@ -11,14 +11,29 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 from scipy.optimize import nnls
+from scipy.stats import norm
 
 from hfdtl_bayes.configuration import ServingConfiguration
+from hfdtl_bayes.errors import StatisticsError
 from hfdtl_bayes.features import FeatureSet
+from hfdtl_bayes.statistics.scaling import RowScaling, block_medians, block_starts, row_scale
 
 FloatArray = NDArray[np.float64]
 
+DEFAULT_OUTLIER_CUTOFF = float("inf")
+"""Robust sds beyond which a row is down-weighted."""
+
+STARTUP_RATIO = 2.0
+"""Times the expected duration from which the first steps of a recording count as start-up: caches and compilation cost
+several times a step, the machine's drift some tens of per cent."""
+
 # Relative error assumed of one row while the pilot weighs data against prior; it only has to be of the right order.
 _PILOT_SIGMA = 0.1
+
+_ROUNDS, _SETTLED, _TINY = 200, 1e-6, 1e-12
+
+# Rows of a block below which its median is no measure of where the others are; quantile that gives the robust sds.
+_SMALLEST_BLOCK, _QUANTILE = 4, 0.9
 
 
 def own_prior(feature_set: FeatureSet, configuration: ServingConfiguration) -> tuple[FloatArray, FloatArray]:
@@ -45,35 +60,59 @@ def config_to_constant(feature_set: FeatureSet, configuration: ServingConfigurat
     return feature_set.config_row(configuration) / constant_s(feature_set, configuration)
 
 
-def pilot_coefficients(
-    design: FloatArray, response: FloatArray, feature_set: FeatureSet, configuration: ServingConfiguration
-) -> FloatArray:
-    """Fit the pilot coefficients.
+def fit_row_scaling(
+    design: FloatArray,
+    observed: FloatArray,
+    blocks: NDArray[np.int64],
+    feature_set: FeatureSet,
+    configuration: ServingConfiguration,
+    cutoff: float = DEFAULT_OUTLIER_CUTOFF,
+) -> RowScaling:
+    """Fit the scaling of a configuration's rows: the pilot and, with a cutoff, the robust sds that say what is an outlier.
 
-    Minimises sum ((y - X w) / s)^2 / sigma^2 + sum ((w - m) / sd)^2 over w >= 0 with s the current fit, m and sd the
-    prior's, until s changes by less than 1e-6 or fifty times.
+    Each round minimises sum w ((y - X p) / s)^2 / 0.1^2 + sum ((p - m) / sd)^2 over p >= 0 with m and sd the prior's, then takes s
+    from the new fit, the robust sds from its residuals and the weights from both (`RowScaling.weights`). It stops where another round
+    would change no scale and no sd by more than 1e-6 relative, or after 200 rounds. Rounds with the weights
+    min(1, c / |u|) of Huber, whose problem is convex, come first: they lead the others, which have more than one fixed point, to
+    the one near the bulk of the rows.
 
     Parameters
     ----------
     design : ndarray, shape (n, K)
         Seconds per unit coefficient.
-    response : ndarray, shape (n,)
+    observed : ndarray, shape (n,)
         Seconds.
+    blocks : ndarray of int, shape (n,)
+        Drift block of each row, equal values adjacent.
+    feature_set : FeatureSet
+    configuration : ServingConfiguration
+    cutoff : float
+        Robust sds beyond which a row is down-weighted; infinity for never, which is a plain weighted fit.
 
     Returns
     -------
-    ndarray, shape (K,)
+    RowScaling
+
+    Raises
+    ------
+    StatisticsError
+        If the cutoff is not a number above 1: rows within one sd are the bulk.
     """
+    if not cutoff > 1:
+        raise StatisticsError(f"the outlier cutoff must be above 1 robust sd, found {cutoff}; 5 is usual, inf turns it off")
     floor = feature_set.noise_floor(configuration)
     mean, _ = own_prior(feature_set, configuration)
     sd = np.array([f.prior.sd for f in feature_set.varying])
     # A configuration's own coefficient is the population's plus a deviation of about its own size.
     sd = np.hypot(sd, 0.5 * np.abs(mean))
-    scale = np.maximum(response, max(floor, float(np.median(response)) * 0.1))
-    coefficients = mean
-    for _ in range(50):
-        rows = design / scale[:, None] / _PILOT_SIGMA
-        target = response / scale / _PILOT_SIGMA
+    scale = np.maximum(observed, max(floor, float(np.median(observed)) * 0.1))
+    robust = np.isfinite(cutoff)
+    root = np.ones(len(observed))
+    scaling = RowScaling(mean, floor, cutoff)
+    settled = not robust
+    for _ in range(_ROUNDS):
+        rows = design * (root / scale / _PILOT_SIGMA)[:, None]
+        target = observed * root / scale / _PILOT_SIGMA
         normal = rows.T @ rows + np.diag(1.0 / sd**2)
         right = rows.T @ target + mean / sd**2
         factor = np.linalg.cholesky(normal)
@@ -81,11 +120,63 @@ def pilot_coefficients(
         new_scale = row_scale(design, coefficients, floor)
         change = float(np.max(np.abs(new_scale / scale - 1.0)))
         scale = new_scale
-        if change < 1e-6:
-            break
-    return np.asarray(coefficients, dtype=float)
+        if robust:
+            residuals = (observed - design @ coefficients) / scale
+            row_sd, block_sd = robust_sds(residuals, blocks)
+            change = max(change, abs(row_sd - scaling.row_sd) / max(row_sd, _TINY))
+            scaling = RowScaling(coefficients, floor, cutoff, row_sd, block_sd)
+            weights = scaling.weights(residuals, blocks)
+            # The weights are (c / |u|)^2; their fourth root is the root of Huber's.
+            root = np.sqrt(weights) if settled else weights**0.25
+        else:
+            scaling = RowScaling(coefficients, floor)
+        if change < _SETTLED:
+            if settled:
+                break
+            settled, root = True, np.sqrt(weights)
+    return scaling
 
 
-def row_scale(design: FloatArray, coefficients: FloatArray, floor_s: float) -> FloatArray:
-    """Return the scale of each row in seconds, shape (n,): the larger of the fitted mean and the floor."""
-    return np.asarray(np.maximum(design @ coefficients, floor_s))
+def robust_sds(residuals: FloatArray, blocks: NDArray[np.int64]) -> tuple[float, float]:
+    """Return robust sds of relative residuals: of a row around the median of its block, and of the medians around zero.
+
+    Each is the 90 % quantile of the absolute value over that of a normal, 1.645. It bears one row in ten gone astray, and unlike the
+    median absolute deviation it is not near zero where more than half the rows agree exactly (requests that do not wait). Rows of blocks
+    of fewer than four, which say little of the spread around their own median, count only where there are no others; then
+    they are taken around zero.
+
+    Parameters
+    ----------
+    residuals : ndarray, shape (n,)
+    blocks : ndarray of int, shape (n,)
+    """
+    _, sizes = block_starts(blocks)
+    medians = block_medians(residuals, blocks)
+    enough = np.repeat(sizes >= _SMALLEST_BLOCK, sizes)
+    centred = (residuals - np.repeat(medians, sizes))[enough] if enough.any() else residuals
+    return _spread(centred), _spread(medians)
+
+
+def _spread(values: FloatArray) -> float:
+    return float(np.quantile(np.abs(values), _QUANTILE) / norm.ppf(0.5 + _QUANTILE / 2))
+
+
+def startup_rows(scaling: RowScaling, design: FloatArray, observed: FloatArray) -> int:
+    """Return how many rows at the very start of a recording are a transient: slower than anything the rest would make likely.
+
+    The first rows up to the last slow one (over `STARTUP_RATIO` times the pilot's mean) of which at least nine in ten are slow; 0 if
+    the first three rows are not among them, or if it is more than a tenth of all rows, which is no start-up.
+
+    Parameters
+    ----------
+    scaling : RowScaling
+    design : ndarray, shape (n, K)
+    observed : ndarray, shape (n,)
+        In time order, from the start of the recording.
+    """
+    slow = observed > STARTUP_RATIO * scaling.mean_s(design)
+    if len(slow) < 3 or not slow[:3].all():
+        return 0
+    share = np.cumsum(slow) / np.arange(1, len(slow) + 1)
+    rows = int(np.flatnonzero(slow & (share >= 0.9))[-1]) + 1
+    return rows if rows <= 0.1 * len(slow) else 0

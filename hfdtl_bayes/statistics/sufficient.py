@@ -1,10 +1,10 @@
 """Sufficient statistics of one configuration: orthogonal factors from which any row order, split or chunking gives the same.
 
-With rows divided by their scale s, a step's error is eps_i + d_B: independent noise of sd sigma plus a drift of sd omega
-shared by the steps of time block B. Within a block of m rows, the m - 1 Helmert contrasts have variance sigma^2 and
-the block total divided by sqrt(m) has variance sigma^2 + m omega^2, all independent. So the triangular QR factor of the
-contrasts, and one of the block totals for each block size m, are sufficient; everything right of here costs the same for
-fifty thousand rows as for five billion.
+With rows divided by their scale s (larger for outliers, see `scaling`), a step's error is eps_i + d_B: independent noise of sd
+sigma plus a drift of sd omega shared by the steps of time block B. Within a block of m rows, the m - 1 Helmert contrasts have
+variance sigma^2 and the block total divided by sqrt(m) has variance sigma^2 + m omega^2, all independent. So the triangular QR
+factor of the contrasts, and one of the block totals for each block size m, are sufficient; everything right of here costs the
+same for fifty thousand rows as for five billion.
 """
 
 from __future__ import annotations
@@ -19,7 +19,14 @@ from numpy.typing import NDArray
 from hfdtl_bayes.configuration import ServingConfiguration
 from hfdtl_bayes.errors import StatisticsError
 from hfdtl_bayes.features import FeatureSet, response
-from hfdtl_bayes.statistics.pilot import config_to_constant, constant_s, pilot_coefficients, row_scale
+from hfdtl_bayes.statistics.pilot import (
+    DEFAULT_OUTLIER_CUTOFF,
+    config_to_constant,
+    constant_s,
+    fit_row_scaling,
+    startup_rows,
+)
+from hfdtl_bayes.statistics.scaling import Downweighted, RowScaling, block_starts, count_downweighted
 from hfdtl_bayes.traces import time_blocks
 
 FloatArray = NDArray[np.float64]
@@ -104,10 +111,10 @@ class ConfigStatistics:
     quantity : str
     coef_names : tuple of str
         Names of the K columns, in order.
-    pilot : ndarray, shape (K,)
-        Coefficients of the pilot that gave the row scale.
-    floor_s : float
-        Floor of the row scale, seconds.
+    scaling : RowScaling
+        What gave the rows their scale and weight.
+    block_length : int
+        Steps per drift block; drift between blocks of another length is another quantity.
     constant_s : float
         Seconds that one unit of the constant is worth.
     config_row : ndarray, shape (G,)
@@ -117,7 +124,12 @@ class ConfigStatistics:
     blocks : int
         Number of drift blocks.
     log_scale_sum : float
-        Sum of log s_i, the Jacobian of the scaling: needed to compare models on the scale of seconds.
+        Sum of log s_i, the Jacobian of the scaling: needed to compare models on the scale of seconds. The scale s_i of a
+        down-weighted row is the larger one.
+    total_s : float
+        Sum of the observations, seconds.
+    downweighted : Downweighted
+        Outliers and start-up, counted.
     strata : tuple of Stratum
         Sorted by multiplier; the first is the one within blocks.
     """
@@ -126,13 +138,15 @@ class ConfigStatistics:
     feature_set: str
     quantity: str
     coef_names: tuple[str, ...]
-    pilot: FloatArray
-    floor_s: float
+    scaling: RowScaling
+    block_length: int
     constant_s: float
     config_row: FloatArray
     rows: int
     blocks: int
     log_scale_sum: float
+    total_s: float
+    downweighted: Downweighted
     strata: tuple[Stratum, ...]
 
     @property
@@ -140,25 +154,36 @@ class ConfigStatistics:
         """Identifier of the configuration."""
         return self.configuration.config_id
 
+    @property
+    def pilot(self) -> FloatArray:
+        """Coefficients of the pilot that gave the row scale, shape (K,)."""
+        return self.scaling.pilot
+
+    @property
+    def floor_s(self) -> float:
+        """Floor of the row scale, seconds."""
+        return self.scaling.floor_s
+
     def merge(self, other: ConfigStatistics) -> ConfigStatistics:
         """Return the statistics of both sets of rows together; no block may be in both.
 
         Raises
         ------
         StatisticsError
-            If they are of different configurations, features or scales; says which.
+            If they are of different configurations, features, scales or block lengths; says which.
         """
+        scaling = self.scaling.difference(other.scaling)
         for name, mine, theirs in (
             ("configuration", self.configuration, other.configuration),
             ("feature set", (self.feature_set, self.quantity), (other.feature_set, other.quantity)),
             ("columns", self.coef_names, other.coef_names),
-            ("row scale (pilot)", tuple(self.pilot), tuple(other.pilot)),
-            ("scale floor", self.floor_s, other.floor_s),
+            (scaling, None, scaling),
+            ("block length", self.block_length, other.block_length),
         ):
             if mine != theirs:
                 raise StatisticsError(
                     f"statistics of {self.config_id!r} and {other.config_id!r} cannot be merged: different {name}. Build both "
-                    "with the same configuration, feature set and pilot"
+                    "with the same configuration, feature set, block length and scaling"
                 )
         strata = {s.multiplier: s for s in self.strata}
         for stratum in other.strata:
@@ -169,6 +194,8 @@ class ConfigStatistics:
             rows=self.rows + other.rows,
             blocks=self.blocks + other.blocks,
             log_scale_sum=self.log_scale_sum + other.log_scale_sum,
+            total_s=self.total_s + other.total_s,
+            downweighted=self.downweighted.merge(other.downweighted),
             strata=tuple(strata[m] for m in sorted(strata)),
         )
 
@@ -190,8 +217,7 @@ def split_blocks(rows: FloatArray, blocks: NDArray[np.int64]) -> list[tuple[int,
     list of (multiplier, rows)
         The contrasts under multiplier 0 and the totals under their block size; empty ones left out.
     """
-    starts = np.flatnonzero(np.r_[True, blocks[1:] != blocks[:-1]])
-    sizes = np.diff(np.r_[starts, len(rows)])
+    starts, sizes = block_starts(blocks)
     contrasts, totals = [], []
     # Sums run within blocks only: along a long recording they would lose digits.
     for m in np.unique(sizes):
@@ -210,6 +236,8 @@ def statistics_from_rows(
     feature_set: FeatureSet,
     *,
     block_length: int = DEFAULT_BLOCK_LENGTH,
+    cutoff: float = DEFAULT_OUTLIER_CUTOFF,
+    scaling: RowScaling | None = None,
     pilot: Sequence[float] | FloatArray | None = None,
 ) -> ConfigStatistics:
     """Reduce trace rows to sufficient statistics.
@@ -222,9 +250,12 @@ def statistics_from_rows(
     feature_set : FeatureSet
     block_length : int
         Steps per drift block.
+    cutoff : float
+        Robust sds beyond which a row is down-weighted, infinity for never; of no effect with `scaling` or `pilot`.
+    scaling : RowScaling, optional
+        That of an earlier batch of the same configuration, so that the two can be merged; fitted from these rows by default.
     pilot : array, shape (K,), optional
-        Pilot coefficients of an earlier batch of the same configuration, so that the two can be merged; fitted from
-        these rows by default.
+        Instead of `scaling`: pilot coefficients that give the scale, no row down-weighted.
 
     Returns
     -------
@@ -233,7 +264,7 @@ def statistics_from_rows(
     Raises
     ------
     StatisticsError
-        If there are no rows, a value is not finite, or the pilot is not K finite numbers.
+        If there are no rows, a value is not finite, the pilot is not K finite numbers, or both scaling and pilot are given.
     InputError
         If a column is missing.
     """
@@ -247,31 +278,50 @@ def statistics_from_rows(
             f"configuration {configuration.config_id!r}: {feature_set.quantity} is not finite in {int((~finite).sum())} of "
             f"{len(frame)} rows, the first is row {int(np.argmin(finite))}; drop unfinished requests and damaged rows first"
         )
-    floor = feature_set.noise_floor(configuration)
-    coefficients = pilot_coefficients(design, observed, feature_set, configuration) if pilot is None else np.asarray(pilot, float)
-    if coefficients.shape != (design.shape[1],) or not np.isfinite(coefficients).all():
-        raise StatisticsError(
-            f"configuration {configuration.config_id!r}: the pilot must be {design.shape[1]} finite coefficients "
-            f"({', '.join(feature_set.coef_names)}), found {coefficients}; take it from earlier statistics of this configuration"
-        )
-    scale = row_scale(design, coefficients, floor)
-    scaled = np.column_stack([design, observed]) / scale[:, None]
     blocks = time_blocks(frame, block_length)
+    given = _given_scaling(scaling, pilot, feature_set, configuration)
+    scaling = given or fit_row_scaling(design, observed, blocks, feature_set, configuration, cutoff)
+    scale, weight = scaling.rows(design, observed, blocks)
+    # Rows with a given scaling are a batch from anywhere in a recording, whose start is not known here.
+    startup = 0 if given else startup_rows(scaling, design, observed)
+    scaled = np.column_stack([design, observed]) / scale[:, None]
     strata = [Stratum(m, len(r), triangle_of(r)) for m, r in sorted(split_blocks(scaled, blocks), key=lambda item: item[0])]
     return ConfigStatistics(
         configuration=configuration,
         feature_set=feature_set.name,
         quantity=feature_set.quantity,
         coef_names=feature_set.coef_names,
-        pilot=coefficients,
-        floor_s=floor,
+        scaling=scaling,
+        block_length=block_length,
         constant_s=constant_s(feature_set, configuration),
         config_row=config_to_constant(feature_set, configuration),
         rows=len(frame),
         blocks=int(blocks[-1]) + 1,
         log_scale_sum=float(np.log(scale).sum()),
+        total_s=float(observed.sum()),
+        downweighted=count_downweighted(observed, scaling.mean_s(design), weight, frame["regime"].to_numpy(), startup),
         strata=tuple(strata),
     )
+
+
+def _given_scaling(
+    scaling: RowScaling | None,
+    pilot: Sequence[float] | FloatArray | None,
+    feature_set: FeatureSet,
+    configuration: ServingConfiguration,
+) -> RowScaling | None:
+    """Return the scaling a caller gave, checked, or None if it is to be fitted."""
+    if scaling is not None and pilot is not None:
+        raise StatisticsError(f"configuration {configuration.config_id!r}: give a scaling or a pilot, not both")
+    if pilot is not None:
+        scaling = RowScaling(np.asarray(pilot, float), feature_set.noise_floor(configuration))
+    names = feature_set.coef_names
+    if scaling is not None and (scaling.pilot.shape != (len(names),) or not np.isfinite(scaling.pilot).all()):
+        raise StatisticsError(
+            f"configuration {configuration.config_id!r}: the pilot must be {len(names)} finite coefficients "
+            f"({', '.join(names)}), found {scaling.pilot}; take it from earlier statistics of this configuration"
+        )
+    return scaling
 
 
 @dataclass(frozen=True)

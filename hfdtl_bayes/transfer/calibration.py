@@ -12,9 +12,9 @@ import pandas as pd
 
 from hfdtl_bayes.configuration import ServingConfiguration
 from hfdtl_bayes.errors import InputError, RejectedRowsWarning
-from hfdtl_bayes.features import FeatureSet, feature_set
+from hfdtl_bayes.features import FeatureSet, feature_set, response
 from hfdtl_bayes.model import LatencyPosterior, PriorSettings, SamplerSettings, fit
-from hfdtl_bayes.statistics import DEFAULT_BLOCK_LENGTH, ConfigStatistics, row_scale, statistics_from_rows
+from hfdtl_bayes.statistics import DEFAULT_BLOCK_LENGTH, ConfigStatistics, statistics_from_rows
 from hfdtl_bayes.traces import TraceStore, TraceTable, drop_warmup, time_blocks
 
 _PACKAGE = str(Path(__file__).parents[1])
@@ -221,7 +221,8 @@ def _require_unchanged(posterior: LatencyPosterior, rows: pd.DataFrame) -> None:
     same = len(rows) == own.rows
     if same:
         design = posterior.feature_set.design(rows, own.configuration)
-        log_scale = float(np.log(row_scale(design, own.pilot, own.floor_s)).sum())
+        observed, blocks = response(rows, posterior.feature_set.quantity), time_blocks(rows, own.block_length)
+        log_scale = float(np.log(own.scaling.rows(design, observed, blocks)[0]).sum())
         same = bool(np.isclose(log_scale, own.log_scale_sum, rtol=1e-9, atol=1e-6))
     if not same:
         raise InputError(
