@@ -7,7 +7,7 @@ matrix, sufficient statistics and a model.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Literal
 
@@ -16,7 +16,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from hfdtl_bayes.configuration import ServingConfiguration
-from hfdtl_bayes.errors import InputError
+from hfdtl_bayes.errors import InputError, UnknownNameError
 
 Quantity = Literal["step_time", "queue_delay", "api_delay"]
 QUANTITIES: tuple[Quantity, ...] = ("step_time", "queue_delay", "api_delay")
@@ -167,6 +167,8 @@ class FeatureSet:
     noise_floor: Callable[[ServingConfiguration], float]
     description: str = ""
     support: Callable[[pd.DataFrame, ServingConfiguration], NDArray[np.bool_]] | None = None
+    own_priors: tuple[str, ...] = ()
+    """Features whose prior range is a user's in the place of the set's own, in the order of `features`."""
     _by_name: Mapping[str, Feature] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -296,6 +298,33 @@ class FeatureSet:
             bad = self.config[int(np.flatnonzero(~np.isfinite(row))[0])]
             raise InputError(f"config feature {bad.name!r} of {configuration.config_id!r} is not finite: {bad.formula}")
         return row
+
+    def with_priors(self, ranges: Mapping[str, PriorRange]) -> FeatureSet:
+        """Return the set with other prior ranges of some population coefficients.
+
+        Parameters
+        ----------
+        ranges : mapping of str to PriorRange
+            By feature, in multiples of its `reference`. Those equal to the set's own change nothing.
+
+        Raises
+        ------
+        UnknownNameError
+            If a name is not a feature of this set.
+        """
+        unknown = sorted(set(ranges) - set(self._by_name))
+        if unknown:
+            raise UnknownNameError(
+                f"feature set {self.name!r} has no feature(s) {', '.join(unknown)}; it has {', '.join(self._by_name)}"
+            )
+        changed = {name for name, r in ranges.items() if r != self[name].prior}
+        if not changed:
+            return self
+        return replace(
+            self,
+            features=tuple(replace(f, prior=ranges[f.name]) if f.name in changed else f for f in self.features),
+            own_priors=tuple(f.name for f in self.features if f.name in changed or f.name in self.own_priors),
+        )
 
     def units(self) -> dict[str, str]:
         """Return the coefficient unit of every feature, by name."""

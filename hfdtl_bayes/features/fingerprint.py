@@ -99,7 +99,8 @@ def fingerprint(features: FeatureSet) -> Fingerprint:
     dict of str to list of float
         By feature, and for "noise floor" and "support": mean and root mean square of its column (of a config feature and of the
         noise floor: the value) for each of `reference_configurations`, to nine digits, in the feature's unit. NaN where a
-        formula cannot be computed for the examples.
+        formula cannot be computed for the examples. By "prior of" a feature: its range in multiples of the reference, for each
+        range that is a user's.
     """
     found: Fingerprint = {name: [] for name in (*(f.name for f in features.features), NOISE_FLOOR, SUPPORT)}
     for c in reference_configurations():
@@ -108,6 +109,8 @@ def fingerprint(features: FeatureSet) -> Fingerprint:
             found[f.name] += _size(f.compute, None if f.level is Level.CONFIG else frame, c)
         found[NOISE_FLOOR] += _size(features.noise_floor, c)
         found[SUPPORT] += _size(features.supported, frame, c)
+    for name in features.own_priors:
+        found[f"prior of {name}"] = [features[name].prior.low, features[name].prior.high]
     return found
 
 

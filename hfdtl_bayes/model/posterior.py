@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from hfdtl_bayes.configuration import ServingConfiguration
 from hfdtl_bayes.errors import HfdtlError, InputError, MissingInputError, PosteriorFileError, UnknownNameError
-from hfdtl_bayes.features import FeatureSet, feature_set, fingerprint, fingerprint_differences
+from hfdtl_bayes.features import FeatureSet, PriorRange, feature_set, fingerprint, fingerprint_differences
 from hfdtl_bayes.files import atomic
 from hfdtl_bayes.model.diagnostics import Convergence, ConvergenceSettings, convergence
 from hfdtl_bayes.model.exact import sample_exact
@@ -367,6 +367,7 @@ class LatencyPosterior:
             "quantity": self.feature_set.quantity,
             "features": feature_card(self.feature_set),
             "fingerprint": fingerprint(self.feature_set),
+            "own_priors": {n: asdict(self.feature_set[n].prior) for n in self.feature_set.own_priors},
             "priors": asdict(self.priors),
             "donors": list(self.donors),
             "target": self.target,
@@ -418,6 +419,7 @@ class LatencyPosterior:
                 f"version reads format {FILE_FORMAT}. Fit it again"
             )
         features = feature_set(header["feature_set"], header["quantity"])
+        features = features.with_priors({n: PriorRange(**r) for n, r in header.get("own_priors", {}).items()})
         stored, now = header["features"], feature_card(features)
         changed = sorted(n for n in {*stored, *now} if stored.get(n) != now.get(n))
         # The formula's text may be the same and a constant in it another.
