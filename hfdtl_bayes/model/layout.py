@@ -34,10 +34,15 @@ VARIABLE_DIMS: Mapping[str, tuple[str, ...]] = {
 }
 """Variables of the posterior and their dimensions after chain and draw; coefficients in reference units."""
 
+SHAPE_DIMS: Mapping[str, tuple[str, ...]] = {"nu": (), "outlier_share": (), "outlier_ratio": ()}
+"""Variables that only some likelihoods of rows have."""
+
+ALL_DIMS: Mapping[str, tuple[str, ...]] = {**VARIABLE_DIMS, **SHAPE_DIMS}
+
 
 def in_order(posterior: xr.Dataset) -> xr.Dataset:
-    """Return the posterior with its variables in the order of `VARIABLE_DIMS`, which ArviZ's summaries need."""
-    return xr.Dataset({name: posterior[name] for name in VARIABLE_DIMS if name in posterior}, attrs=posterior.attrs)
+    """Return the posterior with its variables in the order of `ALL_DIMS`, which ArviZ's summaries need."""
+    return xr.Dataset({name: posterior[name] for name in ALL_DIMS if name in posterior}, attrs=posterior.attrs)
 
 
 def check_statistics(statistics: Sequence[ConfigStatistics], feature_set: FeatureSet) -> None:
@@ -122,7 +127,7 @@ def posterior_tree(
     Parameters
     ----------
     variables : mapping
-        Draws by name, shape (chains * draws, ...), those of `VARIABLE_DIMS` that the feature set has.
+        Draws by name, shape (chains * draws, ...), those of `ALL_DIMS` that the feature set and likelihood have.
     run : NutsRun
     statistics : sequence of ConfigStatistics
     feature_set : FeatureSet
@@ -138,7 +143,7 @@ def posterior_tree(
     coords: dict[str, Any] = {"chain": np.arange(settings.chains), "draw": np.arange(settings.draws)}
     coords |= coordinate_values(statistics, feature_set)
     posterior = {}
-    for name, dims in VARIABLE_DIMS.items():
+    for name, dims in ALL_DIMS.items():
         if name not in variables or 0 in variables[name].shape[1:]:
             continue
         values = np.ascontiguousarray(variables[name])

@@ -9,7 +9,7 @@ thousand simulated data sets share one compilation. (`nutpie.compile_pymc_model`
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,7 +23,7 @@ from pytensor.graph.replace import vectorize_graph
 from hfdtl_bayes.features import FeatureSet
 from hfdtl_bayes.model.layout import check_statistics, hardware_names, posterior_tree
 from hfdtl_bayes.model.moments import reference_errors
-from hfdtl_bayes.model.nuts import SamplerSettings, run_nuts
+from hfdtl_bayes.model.nuts import NutsRun, SamplerSettings, run_nuts
 from hfdtl_bayes.model.priors import PriorSettings
 from hfdtl_bayes.model.progress import progress
 from hfdtl_bayes.model.pymc_model import build_model, model_data
@@ -31,7 +31,7 @@ from hfdtl_bayes.statistics import ConfigStatistics
 
 
 @dataclass(frozen=True)
-class _Compiled:
+class CompiledModel:
     """The log density of one feature set and prior, for any number of configurations and rows."""
 
     model: pm.Model
@@ -41,11 +41,12 @@ class _Compiled:
     outputs: tuple[str, ...]
 
 
-_COMPILED: dict[tuple[FeatureSet, PriorSettings], _Compiled] = {}
+_COMPILED: dict[tuple[FeatureSet, PriorSettings], CompiledModel] = {}
 _LOCK = threading.Lock()
 
 
-def _compile(model: pm.Model) -> _Compiled:
+def compile_model(model: pm.Model) -> CompiledModel:
+    """Compile the log density and its gradient to machine code; the sizes of data stay free."""
     values = model.value_vars
     log_density = model.logp()
     gradient = pt.grad(log_density, values)
@@ -61,16 +62,16 @@ def _compile(model: pm.Model) -> _Compiled:
         [*(batched[values.index(v)] for v in named), *vectorized],
         mode=Mode(linker="py", optimizer="fast_compile"),
     )
-    return _Compiled(model, tuple(v.name for v in values), density, constrain, tuple(v.name for v in [*named, *outputs]))
+    return CompiledModel(model, tuple(v.name for v in values), density, constrain, tuple(v.name for v in [*named, *outputs]))
 
 
-def _starting_point(
-    compiled: _Compiled, statistics: Sequence[ConfigStatistics], feature_set: FeatureSet, priors: PriorSettings
+def starting_point(
+    statistics: Sequence[ConfigStatistics], feature_set: FeatureSet, priors: PriorSettings
 ) -> dict[str, np.ndarray]:
     """Return the centre of the starting points: prior medians, with noise and drift near their moment estimates."""
     count, k = len(statistics), len(feature_set.coef_names)
     errors = np.log([reference_errors(s, priors) for s in statistics])
-    start = {
+    return {
         "theta_eta__": np.zeros((count, k)),
         "sigma_log__": errors[:, 0],
         "omega_log__": errors[:, 1],
@@ -85,7 +86,6 @@ def _starting_point(
         "gamma": np.array([f.prior.mean for f in feature_set.config]),
         "delta": np.array([f.prior.mean for f in feature_set.residual]),
     }
-    return {name: np.asarray(start[name], dtype=float) for name in compiled.names}
 
 
 def sample_pymc(
@@ -131,28 +131,49 @@ def sample_pymc(
         compiled = _COMPILED.get((feature_set, priors))
         if compiled is None:
             with progress(f"compiling the model of {feature_set.name}", 1, enabled=show_progress):
-                compiled = _COMPILED[feature_set, priors] = _compile(build_model(statistics, feature_set, priors))
-        for name, value in data.items():
-            compiled.model[name].set_value(np.ascontiguousarray(value))
-        return _run(compiled, statistics, feature_set, priors, settings, seed, show_progress, label)
+                compiled = _COMPILED[feature_set, priors] = compile_model(build_model(statistics, feature_set, priors))
+        start = starting_point(statistics, feature_set, priors)
+        run, variables = run_compiled(compiled, data, start, settings, seed=seed, label=label, show_progress=show_progress)
+    return posterior_tree(variables, run, statistics, feature_set, settings, "pymc")
 
 
-def _run(
-    compiled: _Compiled,
-    statistics: Sequence[ConfigStatistics],
-    feature_set: FeatureSet,
-    priors: PriorSettings,
+def run_compiled(
+    compiled: CompiledModel,
+    data: Mapping[str, np.ndarray],
+    start: Mapping[str, np.ndarray],
     settings: SamplerSettings,
+    *,
     seed: int,
-    show_progress: bool,
     label: str,
-) -> xr.DataTree:
-    start = _starting_point(compiled, statistics, feature_set, priors)
-    shapes = [start[name].shape for name in compiled.names]
+    show_progress: bool,
+) -> tuple[NutsRun, dict[str, np.ndarray]]:
+    """Sample a compiled model with its data replaced.
+
+    Parameters
+    ----------
+    compiled : CompiledModel
+    data : mapping
+        Value of every `pm.Data` by name.
+    start : mapping
+        Centre of the starting points, by name of the unconstrained variable; may hold more than the model has.
+    settings : SamplerSettings
+    seed, label, show_progress
+        As in `run_nuts`.
+
+    Returns
+    -------
+    run : NutsRun
+    variables : dict
+        Draws of every variable by name, shape (chains * draws, ...).
+    """
+    for name, value in data.items():
+        compiled.model[name].set_value(np.ascontiguousarray(value))
+    values = [np.asarray(start[name], dtype=float) for name in compiled.names]
+    shapes = [v.shape for v in values]
     sizes = [int(np.prod(shape)) for shape in shapes]
     ends = np.cumsum(sizes)
     slices = [slice(end - size, end) for end, size in zip(ends, sizes, strict=True)]
-    centre = np.concatenate([start[name].ravel() for name in compiled.names])
+    centre = np.concatenate([v.ravel() for v in values])
 
     def log_density(x: np.ndarray) -> tuple[float, np.ndarray]:
         parts = [x[s].reshape(shape) for s, shape in zip(slices, shapes, strict=True)]
@@ -161,5 +182,4 @@ def _run(
 
     run = run_nuts(log_density, centre, settings, seed=seed, label=label, show_progress=show_progress)
     arrays = compiled.constrain(*(run.x[:, s].reshape(-1, *shape) for s, shape in zip(slices, shapes, strict=True)))
-    variables = dict(zip(compiled.outputs, arrays, strict=True))
-    return posterior_tree(variables, run, statistics, feature_set, settings, "pymc")
+    return run, dict(zip(compiled.outputs, arrays, strict=True))

@@ -9,6 +9,7 @@ from hfdtl_bayes.statistics.pilot import (
     own_prior,
 )
 from hfdtl_bayes.statistics.scaling import Downweighted, RowScaling, row_scale
+from hfdtl_bayes.statistics.scaled_rows import DEFAULT_ROWS_PER_CONFIG, ScaledRows, rows_from_dataset, rows_to_dataset, scaled_rows
 from hfdtl_bayes.statistics.sufficient import (
     DEFAULT_BLOCK_LENGTH,
     ConfigStatistics,
@@ -20,10 +21,12 @@ from hfdtl_bayes.statistics.sufficient import (
 
 __all__ = [
     "DEFAULT_BLOCK_LENGTH",
+    "DEFAULT_ROWS_PER_CONFIG",
     "DEFAULT_OUTLIER_CUTOFF",
     "ConfigStatistics",
     "Downweighted",
     "PseudoRows",
+    "ScaledRows",
     "RowScaling",
     "Stratum",
     "config_to_constant",
@@ -33,6 +36,9 @@ __all__ = [
     "own_prior",
     "pseudo_rows",
     "row_scale",
+    "rows_from_dataset",
+    "rows_to_dataset",
+    "scaled_rows",
     "statistics_from_dataset",
     "statistics_from_rows",
     "statistics_to_dataset",
