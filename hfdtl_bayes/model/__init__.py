@@ -1,8 +1,10 @@
 """Priors, the PyMC model, the exact engine, sampling, and the posterior with save, load and predict.
 
-`build_model` and `sample_pymc` load PyMC when they are first asked for, which takes seconds; nothing else here does.
+`build_model`, `build_rows_model`, `sample_pymc` and `sample_rows` load PyMC when they are first asked for, which takes
+seconds; nothing else here does.
 """
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from hfdtl_bayes.model.diagnostics import Convergence, ConvergenceSettings, convergence
@@ -14,6 +16,8 @@ from hfdtl_bayes.model.priors import PositiveRange, PriorSettings
 if TYPE_CHECKING:
     from hfdtl_bayes.model.pymc_engine import sample_pymc
     from hfdtl_bayes.model.pymc_model import build_model
+    from hfdtl_bayes.model.rows_engine import sample_rows
+    from hfdtl_bayes.model.rows_model import build_rows_model
 
 __all__ = [
     "ENGINES",
@@ -26,20 +30,25 @@ __all__ = [
     "PriorSettings",
     "SamplerSettings",
     "build_model",
+    "build_rows_model",
     "convergence",
     "fit",
     "sample_exact",
     "sample_pymc",
+    "sample_rows",
 ]
 
 
+# Where each name that needs PyMC lives.
+_LAZY = {
+    "build_model": "pymc_model",
+    "build_rows_model": "rows_model",
+    "sample_pymc": "pymc_engine",
+    "sample_rows": "rows_engine",
+}
+
+
 def __getattr__(name: str) -> Any:
-    if name == "build_model":
-        from hfdtl_bayes.model.pymc_model import build_model  # noqa: PLC0415
-
-        return build_model
-    if name == "sample_pymc":
-        from hfdtl_bayes.model.pymc_engine import sample_pymc  # noqa: PLC0415
-
-        return sample_pymc
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)

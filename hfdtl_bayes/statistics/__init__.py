@@ -8,8 +8,14 @@ from hfdtl_bayes.statistics.pilot import (
     fit_row_scaling,
     own_prior,
 )
+from hfdtl_bayes.statistics.scaled_rows import (
+    DEFAULT_ROWS_PER_CONFIG,
+    ScaledRows,
+    rows_from_dataset,
+    rows_to_dataset,
+    scaled_rows,
+)
 from hfdtl_bayes.statistics.scaling import Downweighted, RowScaling, row_scale
-from hfdtl_bayes.statistics.scaled_rows import DEFAULT_ROWS_PER_CONFIG, ScaledRows, rows_from_dataset, rows_to_dataset, scaled_rows
 from hfdtl_bayes.statistics.sufficient import (
     DEFAULT_BLOCK_LENGTH,
     ConfigStatistics,
@@ -21,13 +27,13 @@ from hfdtl_bayes.statistics.sufficient import (
 
 __all__ = [
     "DEFAULT_BLOCK_LENGTH",
-    "DEFAULT_ROWS_PER_CONFIG",
     "DEFAULT_OUTLIER_CUTOFF",
+    "DEFAULT_ROWS_PER_CONFIG",
     "ConfigStatistics",
     "Downweighted",
     "PseudoRows",
-    "ScaledRows",
     "RowScaling",
+    "ScaledRows",
     "Stratum",
     "config_to_constant",
     "constant_s",
