@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +43,9 @@ class ValidationSettings:
 
 
 SETTINGS = ValidationSettings()
+
+ROW_BY_ROW = replace(SETTINGS, impossible_share=1.0, longest_median_step_s=float("inf"), slowest_floor_ratio=float("inf"))
+"""The same limits for a batch of a larger table, which is never refused as a whole."""
 
 
 def _ms(seconds: float) -> str:

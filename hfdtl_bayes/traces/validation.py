@@ -13,14 +13,21 @@ import pandas as pd
 
 from hfdtl_bayes.configuration import ServingConfiguration
 from hfdtl_bayes.errors import InputError
-from hfdtl_bayes.traces.plausibility import SETTINGS, BoolArray, check_request_times, check_share_of_one, impossible_steps
+from hfdtl_bayes.traces.plausibility import (
+    ROW_BY_ROW,
+    SETTINGS,
+    BoolArray,
+    check_request_times,
+    check_share_of_one,
+    impossible_steps,
+)
 from hfdtl_bayes.traces.schema import REQUEST_SCHEMA, STEP_SCHEMA, Column
 from hfdtl_bayes.traces.table import Problem, TraceTable, problem
 
 Rejections = list[tuple[str, BoolArray]]
 
 _CLOCKS = ("arrival_s", "queued_s", "scheduled_s", "first_token_s", "finished_s")
-_LARGEST_ID = 2**62  # beyond, int64 is about to overflow and float64 long since counts in hundreds
+LARGEST_ID = 2**62  # beyond, int64 is about to overflow and float64 long since counts in hundreds
 
 
 def _require_columns(frame: pd.DataFrame, schema: Sequence[Column], source: Path, optional: Sequence[str] = ()) -> None:
@@ -52,7 +59,9 @@ def _numbers(column: pd.Series, accepted: str, source: Path) -> pd.Series:
     return column.astype("float64")
 
 
-def _convert(frame: pd.DataFrame, schema: Sequence[Column], source: Path) -> tuple[pd.DataFrame, Rejections]:
+def _convert(
+    frame: pd.DataFrame, schema: Sequence[Column], source: Path, *, whole: bool = True
+) -> tuple[pd.DataFrame, Rejections]:
     """Convert the columns of the schema; return with them the rows that hold text where a number is accepted."""
     frame = frame.reset_index(drop=True).copy()
     frame.columns = pd.Index([str(c) for c in frame.columns])
@@ -62,7 +71,7 @@ def _convert(frame: pd.DataFrame, schema: Sequence[Column], source: Path) -> tup
             continue
         given = frame[column.name]
         absent = given.isna().to_numpy()
-        if not column.required and absent.all():
+        if whole and not column.required and absent.all():
             frame = frame.drop(columns=column.name)  # an empty column is an absent one
             continue
         if column.dtype == "str":
@@ -73,7 +82,7 @@ def _convert(frame: pd.DataFrame, schema: Sequence[Column], source: Path) -> tup
         accepted = f"a number in {column.unit}" if column.unit != "1" else "a number"
         numbers = _numbers(given, accepted, source)
         text = numbers.isna().to_numpy() & ~absent
-        if text.all():
+        if whole and text.all():
             raise InputError(
                 f"{source}: column {column.name} holds no numbers, found for example {given.iloc[0]!r}; accepted is {accepted}"
             )
@@ -117,6 +126,8 @@ def _assemble(
     notes: Rejections,
     schema: Sequence[Column],
     source: Path,
+    *,
+    whole: bool = True,
 ) -> TraceTable:
     reason = np.full(len(frame), "", dtype=object)
     problems: dict[str, Problem] = {}
@@ -125,7 +136,7 @@ def _assemble(
             problems[message] = problem(message, mask)
             reason[mask] = [f"{r}; {message}" if r else message for r in reason[mask]]
     out = reason != ""
-    if out.all():
+    if whole and out.all():
         listing = "\n  - ".join(str(p) for p in problems.values())
         raise InputError(f"{source}: every row was rejected:\n  - {listing}")
     rejected = original.reset_index(drop=True)[out].copy()
@@ -165,7 +176,8 @@ class _Deriver:
             self.derived.append(f"{name} = {self.formulas[name]} (in {int(gaps.sum())} of {len(gaps)} rows)")
 
 
-def _derive_steps(frame: pd.DataFrame, configuration: ServingConfiguration) -> list[str]:
+def derive_steps(frame: pd.DataFrame, configuration: ServingConfiguration) -> list[str]:
+    """Fill absent columns of steps, and gaps in present ones, in place; return what was done."""
     derive = _Deriver(frame, STEP_SCHEMA)
     derive.fill("prefill_requests", (frame["prefill_tokens"] > 0).astype(float))
     derive.fill("decode_requests", frame["decode_tokens"].astype(float))
@@ -201,15 +213,15 @@ def _composition_rejections(frame: pd.DataFrame, configuration: ServingConfigura
     return [(message, mask.to_numpy(dtype=bool)) for message, mask in bad]
 
 
-def _id_rejections(ids: pd.Series, fine: BoolArray) -> Rejections:
-    """Find step numbers that occur before or decrease, among the rows that are otherwise fine."""
+def _id_rejections(ids: pd.Series, fine: BoolArray, after: int | None = None) -> Rejections:
+    """Find step numbers that occur before or decrease, among the rows that are otherwise fine; all are to come after `after`."""
     values = ids[fine].to_numpy()
     duplicate, decreasing = np.zeros(len(ids), dtype=bool), np.zeros(len(ids), dtype=bool)
-    if len(values) > 1:
-        highest = np.maximum.accumulate(values)[:-1]
-        again = pd.Series(values).duplicated().to_numpy()
-        lower = np.concatenate([[False], values[1:] < highest])
-        duplicate[fine], decreasing[fine] = again, lower & ~again
+    if len(values):
+        before = values[0] - 1 if after is None else after
+        highest = np.maximum.accumulate(np.concatenate([[before], values]))[:-1]
+        again = pd.Series(values).duplicated().to_numpy() | (values == before)
+        duplicate[fine], decreasing[fine] = again, (values < highest) & ~again
     return [("step_id occurs before in the file", duplicate), ("step_id decreases", decreasing)]
 
 
@@ -219,6 +231,8 @@ def validate_steps(
     source: str | os.PathLike[str] = "steps",
     *,
     observed: bool = True,
+    whole: bool = True,
+    after: int | None = None,
 ) -> TraceTable:
     """Validate engine steps.
 
@@ -236,6 +250,11 @@ def validate_steps(
         What to call the table in messages.
     observed : bool
         False for batches to predict: `step_time_s` and `step_id` may be absent, and step times are not judged.
+    whole : bool
+        False for a batch of a larger table: rows are judged one by one and all may be rejected, for what is wrong with most rows of
+        a batch may be right for most of the table.
+    after : int, optional
+        Highest step number of the batches before.
 
     Returns
     -------
@@ -251,22 +270,24 @@ def validate_steps(
         raise InputError(f"{source}: no rows; a trace needs at least one engine step")
     _require_columns(frame, STEP_SCHEMA, source, () if observed else ("step_id", "step_time_s"))
     schema = STEP_SCHEMA if observed else tuple(c for c in STEP_SCHEMA if c.name != "step_time_s")
-    converted, rejections = _convert(frame, schema, source)
+    converted, rejections = _convert(frame, schema, source, whole=whole)
     if "step_id" not in converted.columns:
         converted["step_id"] = np.arange(len(converted))
-    check_share_of_one(converted, "kv_usage", source)
-    derived = _derive_steps(converted, configuration)
+    if whole:
+        check_share_of_one(converted, "kv_usage", source)
+    derived = derive_steps(converted, configuration)
     rejections += _range_rejections(converted, schema)
     rejections += _composition_rejections(converted, configuration)
-    rejections.append(("step_id is too large", (converted["step_id"] > _LARGEST_ID).to_numpy()))
+    rejections.append(("step_id is too large", (converted["step_id"] > LARGEST_ID).to_numpy()))
     if observed:
-        rejections += impossible_steps(converted, ~_union(rejections, len(converted)), configuration, source)
-    rejections += _id_rejections(converted["step_id"], ~_union(rejections, len(converted)))
+        settings = SETTINGS if whole else ROW_BY_ROW
+        rejections += impossible_steps(converted, ~_union(rejections, len(converted)), configuration, source, settings)
+    rejections += _id_rejections(converted["step_id"], ~_union(rejections, len(converted)), after)
     notes: Rejections = []
     if "context_tokens" in converted.columns:
         bare = (converted["decode_tokens"] > 0) & (converted["context_tokens"] == 0)
         notes.append(("decode_tokens with context_tokens 0: the KV cache was read after the step", bare.to_numpy()))
-    return _assemble(frame, converted, rejections, derived, notes, schema, source)
+    return _assemble(frame, converted, rejections, derived, notes, schema, source, whole=whole)
 
 
 def validate_requests(
