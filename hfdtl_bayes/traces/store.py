@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -14,13 +13,9 @@ import pyarrow.parquet as pq
 
 from hfdtl_bayes.configuration import ServingConfiguration, read_configuration, write_configuration
 from hfdtl_bayes.errors import InputError, MissingInputError, UnknownNameError
+from hfdtl_bayes.traces.parts import part_files, refuse_empty, unreadable
 from hfdtl_bayes.traces.table import TraceTable
 from hfdtl_bayes.traces.validation import validate_requests, validate_steps
-
-
-def _part_order(path: Path) -> list[tuple[int, str]]:
-    """Sort key that counts: part-2 before part-10, as writers number their parts without leading zeros."""
-    return [(int(digits or -1), text) for digits, text in re.findall(r"(\d{1,18})|(\D+|\d)", path.name)]
 
 
 def _read_parquet(path: Path) -> pa.Table:
@@ -28,7 +23,7 @@ def _read_parquet(path: Path) -> pa.Table:
         # The folders above the file are not to become columns.
         return _index_as_columns(pq.read_table(path, partitioning=None))
     except (pa.ArrowException, OSError, ValueError) as error:
-        raise _unreadable(path, error) from None
+        raise unreadable(path, error) from None
 
 
 def _index_as_columns(table: pa.Table) -> pa.Table:
@@ -41,20 +36,11 @@ def _index_as_columns(table: pa.Table) -> pa.Table:
     return table.replace_schema_metadata(None)
 
 
-def _unreadable(path: Path, error: Exception) -> InputError:
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return InputError(
-        f"{path} cannot be read as a table: {reason}. A recording that was cut short must be recorded or copied again"
-    )
-
-
 def _read_parts(folder: Path) -> pa.Table:
     """Read a folder of parts in their order; columns a part lacks are empty there, whole numbers give way to fractions."""
-    parts = sorted((p for p in folder.glob("*.parquet") if not p.name.startswith((".", "_"))), key=_part_order)
-    if not parts:
-        raise InputError(f"{folder} is a folder without .parquet parts")
+    parts = part_files(folder)
     for part in parts:
-        _refuse_empty(part)
+        refuse_empty(part)
     tables = [_read_parquet(part) for part in parts]
     try:
         return pa.concat_tables(tables, promote_options="permissive")
@@ -64,13 +50,8 @@ def _read_parts(folder: Path) -> pa.Table:
         ) from None
 
 
-def _refuse_empty(path: Path) -> None:
-    if path.is_file() and path.stat().st_size == 0:
-        raise InputError(f"{path} is empty (0 bytes); record it again")
-
-
 def read_table(path: str | os.PathLike[str]) -> pd.DataFrame:
-    """Read a trace table as found: a Parquet file, a folder of Parquet parts (in the order of their numbers), or a CSV file.
+    """Read a trace table as found: a Parquet file, a folder of Parquet parts (in the order of their steps or numbers), or a CSV file.
 
     Raises
     ------
@@ -82,17 +63,17 @@ def read_table(path: str | os.PathLike[str]) -> pd.DataFrame:
     path = Path(path)
     if not path.exists():
         raise MissingInputError(f"no trace table at {path}")
-    _refuse_empty(path)
+    refuse_empty(path)
     if path.suffix.lower() == ".csv" and path.is_file():
         try:
             return pd.read_csv(path, low_memory=False)
         except (OSError, ValueError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
-            raise _unreadable(path, error) from None
+            raise unreadable(path, error) from None
     table = _read_parts(path) if path.is_dir() else _read_parquet(path)
     try:
         frame: pd.DataFrame = table.to_pandas(ignore_metadata=True)
     except (pa.ArrowException, ValueError) as error:
-        raise _unreadable(path, error) from None
+        raise unreadable(path, error) from None
     return frame
 
 
