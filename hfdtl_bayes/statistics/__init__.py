@@ -1,5 +1,14 @@
 """Column-scaled QR sufficient statistics with drift blocks."""
 
+from hfdtl_bayes.statistics.dependence import (
+    DEFAULT_BLOCK_LENGTH,
+    Autocorrelation,
+    BlockFaults,
+    BlockLength,
+    choose_block_length,
+    residual_autocorrelation,
+)
+from hfdtl_bayes.statistics.effective import EffectiveRows, effective_rows
 from hfdtl_bayes.statistics.files import input_hash, statistics_from_dataset, statistics_to_dataset
 from hfdtl_bayes.statistics.pilot import (
     DEFAULT_OUTLIER_CUTOFF,
@@ -17,7 +26,6 @@ from hfdtl_bayes.statistics.scaled_rows import (
 )
 from hfdtl_bayes.statistics.scaling import Downweighted, RowScaling, row_scale
 from hfdtl_bayes.statistics.sufficient import (
-    DEFAULT_BLOCK_LENGTH,
     ConfigStatistics,
     PseudoRows,
     Stratum,
@@ -29,18 +37,25 @@ __all__ = [
     "DEFAULT_BLOCK_LENGTH",
     "DEFAULT_OUTLIER_CUTOFF",
     "DEFAULT_ROWS_PER_CONFIG",
+    "Autocorrelation",
+    "BlockFaults",
+    "BlockLength",
     "ConfigStatistics",
     "Downweighted",
+    "EffectiveRows",
     "PseudoRows",
     "RowScaling",
     "ScaledRows",
     "Stratum",
+    "choose_block_length",
     "config_to_constant",
     "constant_s",
+    "effective_rows",
     "fit_row_scaling",
     "input_hash",
     "own_prior",
     "pseudo_rows",
+    "residual_autocorrelation",
     "row_scale",
     "rows_from_dataset",
     "rows_to_dataset",

@@ -23,9 +23,9 @@ FloatArray = NDArray[np.float64]
 DEFAULT_OUTLIER_CUTOFF = float("inf")
 """Robust sds beyond which a row is down-weighted."""
 
-STARTUP_RATIO = 2.0
-"""Times the expected duration from which the first steps of a recording count as start-up: caches and compilation cost
-several times a step, the machine's drift some tens of per cent."""
+STARTUP_RATIO = 3.0
+"""Times the expected duration from which the first steps of a recording count as start-up: compilation costs ten times a step and more,
+the machine's drift some tens of per cent."""
 
 # Relative error assumed of one row while the pilot weighs data against prior; it only has to be of the right order.
 _PILOT_SIGMA = 0.1
@@ -162,10 +162,10 @@ def _spread(values: FloatArray) -> float:
 
 
 def startup_rows(scaling: RowScaling, design: FloatArray, observed: FloatArray) -> int:
-    """Return how many rows at the very start of a recording are a transient: slower than anything the rest would make likely.
+    """Return how many rows at the very start of a recording are a start-up transient.
 
-    The first rows up to the last slow one (over `STARTUP_RATIO` times the pilot's mean) of which at least nine in ten are slow; 0 if
-    the first three rows are not among them, or if it is more than a tenth of all rows, which is no start-up.
+    The largest h for which row h is slow, over `STARTUP_RATIO` times the pilot's mean, and nine in ten of the first h rows are; 0 if
+    the first row is not slow, or if h is more than a tenth of all rows, which is no start-up.
 
     Parameters
     ----------
@@ -175,7 +175,7 @@ def startup_rows(scaling: RowScaling, design: FloatArray, observed: FloatArray) 
         In time order, from the start of the recording.
     """
     slow = observed > STARTUP_RATIO * scaling.mean_s(design)
-    if len(slow) < 3 or not slow[:3].all():
+    if not slow[0]:
         return 0
     share = np.cumsum(slow) / np.arange(1, len(slow) + 1)
     rows = int(np.flatnonzero(slow & (share >= 0.9))[-1]) + 1

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 from hfdtl_bayes.configuration import ServingConfiguration
 from hfdtl_bayes.errors import StatisticsError
 from hfdtl_bayes.features import FeatureSet, response
+from hfdtl_bayes.statistics.dependence import DEFAULT_BLOCK_LENGTH, choose_block_length
 from hfdtl_bayes.statistics.pilot import (
     DEFAULT_OUTLIER_CUTOFF,
     config_to_constant,
@@ -30,11 +32,6 @@ from hfdtl_bayes.statistics.scaling import Downweighted, RowScaling, block_start
 from hfdtl_bayes.traces import time_blocks
 
 FloatArray = NDArray[np.float64]
-
-DEFAULT_BLOCK_LENGTH = 20
-"""Steps per drift block: long enough to tell drift from noise, short enough that errors within one are nearly independent. On
-real engines the correlation of neighbouring steps halves within 20 to 50 steps; with longer blocks a coefficient of
-something that changes slowly (batch size, context) takes drift for its own effect."""
 
 _SMALLEST_NOISE = 1e-6
 """Relative noise below which rows are taken to be free of it."""
@@ -235,8 +232,8 @@ def statistics_from_rows(
     configuration: ServingConfiguration,
     feature_set: FeatureSet,
     *,
-    block_length: int = DEFAULT_BLOCK_LENGTH,
-    cutoff: float = DEFAULT_OUTLIER_CUTOFF,
+    block_length: int | Literal["auto"] = DEFAULT_BLOCK_LENGTH,
+    outlier_cutoff: float = DEFAULT_OUTLIER_CUTOFF,
     scaling: RowScaling | None = None,
     pilot: Sequence[float] | FloatArray | None = None,
 ) -> ConfigStatistics:
@@ -248,9 +245,9 @@ def statistics_from_rows(
         Validated rows in time order.
     configuration : ServingConfiguration
     feature_set : FeatureSet
-    block_length : int
-        Steps per drift block.
-    cutoff : float
+    block_length : int or "auto"
+        Steps per drift block; "auto" chooses from the autocorrelation of these rows' residuals, see `choose_block_length`.
+    outlier_cutoff : float
         Robust sds beyond which a row is down-weighted, infinity for never; of no effect with `scaling` or `pilot`.
     scaling : RowScaling, optional
         That of an earlier batch of the same configuration, so that the two can be merged; fitted from these rows by default.
@@ -264,7 +261,8 @@ def statistics_from_rows(
     Raises
     ------
     StatisticsError
-        If there are no rows, a value is not finite, the pilot is not K finite numbers, or both scaling and pilot are given.
+        If there are no rows, a value is not finite, the pilot is not K finite numbers, both scaling and pilot are given, or one of
+        them with block length "auto".
     InputError
         If a column is missing.
     """
@@ -278,9 +276,19 @@ def statistics_from_rows(
             f"configuration {configuration.config_id!r}: {feature_set.quantity} is not finite in {int((~finite).sum())} of "
             f"{len(frame)} rows, the first is row {int(np.argmin(finite))}; drop unfinished requests and damaged rows first"
         )
-    blocks = time_blocks(frame, block_length)
     given = _given_scaling(scaling, pilot, feature_set, configuration)
-    scaling = given or fit_row_scaling(design, observed, blocks, feature_set, configuration, cutoff)
+    if block_length == "auto":
+        if given:
+            raise StatisticsError(
+                f"configuration {configuration.config_id!r}: a batch with a given scaling needs the block length of the batch it is to "
+                'be merged with, not "auto"'
+            )
+        blocks = time_blocks(frame, DEFAULT_BLOCK_LENGTH)
+        scaling = fit_row_scaling(design, observed, blocks, feature_set, configuration, outlier_cutoff)
+        residuals = (observed - design @ scaling.pilot) / scaling.rows(design, observed, blocks)[0]
+        block_length = choose_block_length(residuals, frame).length
+    blocks = time_blocks(frame, block_length)
+    scaling = given or fit_row_scaling(design, observed, blocks, feature_set, configuration, outlier_cutoff)
     scale, weight = scaling.rows(design, observed, blocks)
     # Rows with a given scaling are a batch from anywhere in a recording, whose start is not known here.
     startup = 0 if given else startup_rows(scaling, design, observed)

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -14,7 +15,7 @@ from hfdtl_bayes.configuration import ServingConfiguration
 from hfdtl_bayes.errors import InputError, RejectedRowsWarning
 from hfdtl_bayes.features import FeatureSet, feature_set, response
 from hfdtl_bayes.model import LatencyPosterior, PriorSettings, SamplerSettings, fit
-from hfdtl_bayes.statistics import DEFAULT_BLOCK_LENGTH, ConfigStatistics, statistics_from_rows
+from hfdtl_bayes.statistics import DEFAULT_BLOCK_LENGTH, DEFAULT_OUTLIER_CUTOFF, ConfigStatistics, statistics_from_rows
 from hfdtl_bayes.traces import TraceStore, TraceTable, drop_warmup, time_blocks
 
 _PACKAGE = str(Path(__file__).parents[1])
@@ -70,7 +71,8 @@ def fit_donors(
     quantity: str = "step_time",
     *,
     max_rows: int | None = None,
-    block_length: int = DEFAULT_BLOCK_LENGTH,
+    block_length: int | Literal["auto"] = DEFAULT_BLOCK_LENGTH,
+    outlier_cutoff: float = DEFAULT_OUTLIER_CUTOFF,
     priors: PriorSettings | None = None,
     settings: SamplerSettings | None = None,
     engine: str = "exact",
@@ -89,8 +91,10 @@ def fit_donors(
     quantity : {"step_time", "queue_delay", "api_delay"}
     max_rows : int, optional
         Rows of each donor to use, the first in time; all by default.
-    block_length : int
-        Rows per drift block.
+    block_length : int or "auto"
+        Steps per drift block; "auto" chooses for each donor.
+    outlier_cutoff : float
+        Robust sds beyond which a row is down-weighted, infinity for never.
     priors, settings, engine, seed, show_progress
         As in `fit`.
 
@@ -116,18 +120,26 @@ def fit_donors(
     if repeated:
         raise InputError(f"donor(s) listed twice: {', '.join(repeated)}; list each once")
     chosen = feature_set(features, quantity)
-    statistics = [_statistics(store, d, chosen, max_rows=max_rows, block_length=block_length) for d in donors]
+    statistics = [
+        _statistics(store, d, chosen, max_rows=max_rows, block_length=block_length, outlier_cutoff=outlier_cutoff) for d in donors
+    ]
     return fit(statistics, chosen, priors, settings, engine=engine, seed=seed, show_progress=show_progress)
 
 
 def _statistics(
-    store: TraceStore, config_id: str, features: FeatureSet, *, max_rows: int | None, block_length: int
+    store: TraceStore,
+    config_id: str,
+    features: FeatureSet,
+    *,
+    max_rows: int | None,
+    block_length: int | Literal["auto"],
+    outlier_cutoff: float,
 ) -> ConfigStatistics:
     configuration = store.configuration(config_id)
     frame = usable_rows(read_trace(store, config_id, features.quantity).frame, configuration, features)
     frame = frame if max_rows is None else frame.iloc[:max_rows]
     require_enough_rows(frame, configuration, features)
-    return statistics_from_rows(frame, configuration, features, block_length=block_length)
+    return statistics_from_rows(frame, configuration, features, block_length=block_length, outlier_cutoff=outlier_cutoff)
 
 
 def calibrate(
@@ -135,7 +147,8 @@ def calibrate(
     rows: pd.DataFrame,
     configuration: ServingConfiguration,
     *,
-    block_length: int = DEFAULT_BLOCK_LENGTH,
+    block_length: int | Literal["auto"] = DEFAULT_BLOCK_LENGTH,
+    outlier_cutoff: float | None = None,
     settings: SamplerSettings | None = None,
     engine: str = "exact",
     seed: int = 0,
@@ -151,7 +164,10 @@ def calibrate(
         The target's calibration rows, validated, in time order.
     configuration : ServingConfiguration
         The target's.
-    block_length : int
+    block_length : int or "auto"
+        As in `fit_donors`.
+    outlier_cutoff : float, optional
+        As in `fit_donors`; the first donor's by default.
     settings, engine, seed, show_progress
         As in `fit`.
 
@@ -171,7 +187,8 @@ def calibrate(
             "count twice. Fit the donors without it, or predict it as it is"
         )
     require_enough_rows(rows, configuration, donors.feature_set)
-    own = statistics_from_rows(rows, configuration, donors.feature_set, block_length=block_length)
+    cutoff = donors.donor_statistics[0].scaling.cutoff if outlier_cutoff is None else outlier_cutoff
+    own = statistics_from_rows(rows, configuration, donors.feature_set, block_length=block_length, outlier_cutoff=cutoff)
     fitted = fit(
         [*donors.donor_statistics, own],
         donors.feature_set,
