@@ -11,6 +11,7 @@ import xarray as xr
 
 from hfdtl_bayes.errors import InputError, StatisticsError
 from hfdtl_bayes.features import FeatureSet
+from hfdtl_bayes.model.likelihoods import SHAPES
 from hfdtl_bayes.model.nuts import NutsRun, SamplerSettings
 from hfdtl_bayes.statistics import ConfigStatistics, pseudo_rows
 
@@ -90,7 +91,9 @@ def coordinate_values(statistics: Sequence[ConfigStatistics], feature_set: Featu
     }
 
 
-def check_posterior(posterior: xr.Dataset, statistics: Sequence[ConfigStatistics], feature_set: FeatureSet) -> None:
+def check_posterior(
+    posterior: xr.Dataset, statistics: Sequence[ConfigStatistics], feature_set: FeatureSet, likelihood: str = "gaussian"
+) -> None:
     """Refuse draws that do not belong to these statistics and this feature set: entries are read by position.
 
     Raises
@@ -105,7 +108,7 @@ def check_posterior(posterior: xr.Dataset, statistics: Sequence[ConfigStatistics
             raise InputError(
                 f"the draws have for {name}, in this order, {', '.join(found) or 'nothing'}, not {', '.join(labels)}"
             )
-    for name, dims in VARIABLE_DIMS.items():
+    for name, dims in {**VARIABLE_DIMS, **{n: SHAPE_DIMS[n] for n in SHAPES[likelihood]}}.items():
         if any(d not in expected for d in dims):
             continue
         if name not in posterior or posterior[name].dims != ("chain", "draw", *dims):

@@ -17,18 +17,23 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from hfdtl_bayes.configuration import ServingConfiguration
-from hfdtl_bayes.errors import HfdtlError, InputError, MissingInputError, PosteriorFileError, UnknownNameError
+from hfdtl_bayes.errors import HfdtlError, InputError, MissingInputError, PosteriorFileError, StatisticsError, UnknownNameError
 from hfdtl_bayes.features import FeatureSet, PriorRange, feature_set, fingerprint, fingerprint_differences
 from hfdtl_bayes.files import atomic
 from hfdtl_bayes.model.diagnostics import Convergence, ConvergenceSettings, convergence
+from hfdtl_bayes.model.draws import Draws
 from hfdtl_bayes.model.exact import sample_exact
 from hfdtl_bayes.model.layout import check_posterior, hardware_names, in_order
+from hfdtl_bayes.model.likelihoods import SHAPES, check_likelihood
 from hfdtl_bayes.model.nuts import SamplerSettings
 from hfdtl_bayes.model.priors import PositiveRange, PriorSettings, deviation_scale
 from hfdtl_bayes.statistics import (
     ConfigStatistics,
+    ScaledRows,
     config_to_constant,
     input_hash,
+    rows_from_dataset,
+    rows_to_dataset,
     statistics_from_dataset,
     statistics_to_dataset,
 )
@@ -36,7 +41,7 @@ from hfdtl_bayes.statistics import (
 FloatArray = NDArray[np.float64]
 
 FILE_FORMAT = 1
-ENGINES = ("exact", "pymc")
+ENGINES = ("exact", "pymc", "rows")
 _QUANTILES = (0.025, 0.5, 0.975)
 _ROWS_AT_ONCE = 4096
 
@@ -47,30 +52,6 @@ def package_version() -> str:
         return version("hfdtl-bayes")
     except PackageNotFoundError:
         return "unknown"
-
-
-@dataclass(frozen=True)
-class Draws:
-    """Posterior draws of everything one configuration's predictions need.
-
-    Attributes
-    ----------
-    theta : ndarray, shape (S, K)
-        Coefficients in reference units, config features folded into the constant.
-    mean : ndarray, shape (K,)
-        Their posterior mean; for a configuration drawn from the population that of the centre, which has no Monte Carlo error of
-        the deviation.
-    sigma, omega : ndarray, shape (S,)
-        Relative sds of a row's noise and of a block's drift.
-    known : bool
-        True if the configuration was fitted, False if it was drawn from the population.
-    """
-
-    theta: FloatArray
-    mean: FloatArray
-    sigma: FloatArray
-    omega: FloatArray
-    known: bool
 
 
 @dataclass(frozen=True, repr=False)
@@ -90,6 +71,10 @@ class LatencyPosterior:
     seed : int
     calibration_rows : ndarray of int
         Row numbers, in the frame the target was calibrated from, of its calibration rows; empty for a fit of donors alone.
+    likelihood : str
+        How single rows are distributed; see `hfdtl_bayes.model.likelihoods`.
+    rows : tuple of ScaledRows
+        Of the engine "rows", what it was fitted to; empty for the others.
     """
 
     tree: xr.DataTree
@@ -99,12 +84,16 @@ class LatencyPosterior:
     target: str | None
     seed: int
     calibration_rows: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    likelihood: str = "gaussian"
+    rows: tuple[ScaledRows, ...] = ()
 
     def __repr__(self) -> str:
         """Return one line: what was fitted to what, and whether the sampler converged."""
         target = f", target {self.target}" if self.target else ""
+        likelihood = "" if self.likelihood == "gaussian" else f", {self.likelihood}"
         return (
-            f"<LatencyPosterior of {self.feature_set.quantity}, {self.feature_set.name}: donors {', '.join(self.donors)}{target}; "
+            f"<LatencyPosterior of {self.feature_set.quantity}, {self.feature_set.name}{likelihood}: donors "
+            f"{', '.join(self.donors)}{target}; "
             f"{self.convergence()}>"
         )
 
@@ -122,6 +111,11 @@ class LatencyPosterior:
     def donor_statistics(self) -> tuple[ConfigStatistics, ...]:
         """Statistics of the donors."""
         return tuple(s for s in self.statistics if s.config_id != self.target)
+
+    @property
+    def donor_rows(self) -> tuple[ScaledRows, ...]:
+        """Rows of the donors; empty unless the engine was "rows"."""
+        return tuple(r for r in self.rows if r.config_id != self.target)
 
     @property
     def input_hash(self) -> str:
@@ -177,12 +171,17 @@ class LatencyPosterior:
                 )
             c = self.config_ids.index(configuration.config_id)
             theta = self.draws_of("theta")[:, c]
-            return Draws(theta, theta.mean(axis=0), self.draws_of("sigma")[:, c], self.draws_of("omega")[:, c], True)
+            errors = self.draws_of("sigma")[:, c], self.draws_of("omega")[:, c]
+            return Draws(theta, theta.mean(axis=0), *errors, True, self.likelihood, self.shape_draws())
         # Two new configurations deviate from the population independently of each other.
         rng = np.random.default_rng([seed, zlib.crc32(configuration.config_id.encode())])
         centre = self.population_draws(configuration)
         theta = centre + self.deviation_sd(configuration) * rng.standard_normal(centre.shape)
-        return Draws(theta, centre.mean(axis=0), *self.new_errors(rng), False)
+        return Draws(theta, centre.mean(axis=0), *self.new_errors(rng), False, self.likelihood, self.shape_draws())
+
+    def shape_draws(self) -> dict[str, FloatArray]:
+        """Return draws of what gives the likelihood its shape, by name, shape (S,); empty for the Gaussian."""
+        return {name: self.draws_of(name) for name in SHAPES[self.likelihood]}
 
     def new_errors(self, rng: np.random.Generator) -> tuple[FloatArray, FloatArray]:
         """Return draws of sigma and omega of a configuration drawn from the population, shapes (S,)."""
@@ -264,7 +263,7 @@ class LatencyPosterior:
         for start in range(0, len(frame), _ROWS_AT_ONCE):
             part = slice(start, start + _ROWS_AT_ONCE)
             mean = draws.theta @ design[part].T
-            new = mean + error_sd[:, None] * scale[part] * rng.standard_normal(mean.shape)
+            new = draws.observations(mean, scale[part], rng)
             out["mean_s"][part] = expected[part]
             # Var of a new observation = Var of the mean + mean of the error variance; exact, where draws are noisy.
             error_variance = float(np.mean(error_sd**2)) * scale[part] ** 2
@@ -290,15 +289,18 @@ class LatencyPosterior:
         design, supported = self._design(frame, configuration)
         scale = np.where(supported, self.scale_s(design @ draws.mean, configuration), 0.0)
         numbers, index, counts = np.unique(blocks, return_inverse=True, return_counts=True)
+        rng = np.random.default_rng([seed, 2])
         mean_design = np.zeros((len(numbers), design.shape[1]))
         np.add.at(mean_design, index, design)
         mean_design /= counts[:, None]
         mean_scale = np.bincount(index, scale) / counts
         root_square = np.sqrt(np.bincount(index, scale**2)) / counts
-        rng = np.random.default_rng([seed, 2])
-        mean = draws.theta @ mean_design.T
-        new = mean + draws.omega[:, None] * mean_scale * rng.standard_normal(mean.shape)
-        new += draws.sigma[:, None] * root_square * rng.standard_normal(mean.shape)
+        if draws.likelihood == "gaussian":
+            new = draws.theta @ mean_design.T
+            new += draws.omega[:, None] * mean_scale * rng.standard_normal(new.shape)
+            new += draws.sigma[:, None] * root_square * rng.standard_normal(new.shape)
+        else:
+            new = draws.block_means(draws.theta @ design.T, scale, index, rng)
         low, high = np.quantile(new, (0.025, 0.975), axis=0)
         return pd.DataFrame(
             {"rows": counts, "mean_s": mean_design @ draws.mean, "sd_s": new.std(axis=0), "q2.5_s": low, "q97.5_s": high},
@@ -350,6 +352,8 @@ class LatencyPosterior:
         for s in self.statistics:
             dataset = statistics_to_dataset(s, self.feature_set)
             tree[f"statistics/{s.config_id}"] = xr.DataTree(dataset)
+        for r in self.rows:
+            tree[f"rows/{r.config_id}"] = xr.DataTree(rows_to_dataset(r))
         tree["calibration"] = xr.DataTree(xr.Dataset({"row": ("calibration_row", self.calibration_rows)}))
         tree.attrs["hfdtl_bayes"] = json.dumps(self._header())
         # Made in memory, for HDF5 brings the whole process down when the disk it writes to is full.
@@ -375,6 +379,7 @@ class LatencyPosterior:
             "rows": {s.config_id: s.rows for s in self.statistics},
             "input_hash": self.input_hash,
             "seed": self.seed,
+            "likelihood": self.likelihood,
         }
 
     @classmethod
@@ -437,7 +442,15 @@ class LatencyPosterior:
             raise PosteriorFileError(f"{path}: the statistics do not match their hash; the file was altered. Fit it again")
         kept = {name: tree[name].to_dataset() for name in ("posterior", "sample_stats", "observed_data")}
         kept["posterior"] = in_order(kept["posterior"])
-        check_posterior(kept["posterior"], statistics, features)
+        likelihood = header.get("likelihood", "gaussian")
+        check_likelihood(likelihood)
+        check_posterior(kept["posterior"], statistics, features, likelihood)
+        stored_rows = [tree[f"rows/{c}"] for c in header["configs"]] if "rows" in tree else []
+        rows = tuple(
+            rows_from_dataset(n.to_dataset(inherit=False), s)
+            for n, s in zip(stored_rows, statistics, strict=False)
+            if isinstance(n, xr.DataTree)
+        )
         return cls(
             xr.DataTree.from_dict(kept),
             features,
@@ -446,6 +459,8 @@ class LatencyPosterior:
             header["target"],
             int(header["seed"]),
             tree["calibration"]["row"].to_numpy().astype(np.int64),
+            likelihood,
+            rows,
         )
 
 
@@ -485,6 +500,8 @@ def fit(
     *,
     target: str | None = None,
     engine: str = "exact",
+    likelihood: str = "gaussian",
+    rows: Sequence[ScaledRows] = (),
     seed: int = 0,
     show_progress: bool = True,
 ) -> LatencyPosterior:
@@ -500,9 +517,13 @@ def fit(
     settings : SamplerSettings, optional
     target : str, optional
         config_id of the statistics that are a target's.
-    engine : {"exact", "pymc"}
-        "exact" integrates the coefficients out and samples only the scales; "pymc" samples the PyMC model, the definition. Both
-        have the same posterior; see `hfdtl_bayes.model.exact`.
+    engine : {"exact", "pymc", "rows"}
+        "exact" integrates the coefficients out and samples only the scales; "pymc" samples the PyMC model, the definition; "rows"
+        the PyMC model on rows. With the Gaussian likelihood all have the same posterior; see `hfdtl_bayes.model.exact`.
+    likelihood : {"gaussian", "student_t", "lognormal", "outliers"}
+        How single rows are distributed; others than the Gaussian need the engine "rows".
+    rows : sequence of ScaledRows
+        For the engine "rows": those that `statistics` are of, see `scaled_rows`.
     seed : int
     show_progress : bool
 
@@ -513,18 +534,31 @@ def fit(
     Raises
     ------
     StatisticsError
-        If the statistics cannot be fitted together.
+        If the statistics cannot be fitted together, or the rows are not theirs.
     UnknownNameError
-        If there is no such engine.
+        If there is no such engine or likelihood, or the engine cannot fit the likelihood.
     ConvergenceError
         If the sampler cannot run.
     """
     if engine not in ENGINES:
         raise UnknownNameError(f"unknown engine {engine!r}; known are {', '.join(ENGINES)}")
+    check_likelihood(likelihood, engine)
     priors = priors or PriorSettings()
     label = f"sampling {target}" if target else f"sampling {len(statistics)} donors"
+    if engine == "rows":
+        from hfdtl_bayes.model.rows_engine import sample_rows  # noqa: PLC0415  (PyMC takes seconds to import)
+
+        if input_hash([r.statistics for r in rows]) != input_hash(statistics):
+            raise StatisticsError(
+                f'engine "rows" needs the rows that the statistics of {", ".join(s.config_id for s in statistics)} are of, found those '
+                f"of {', '.join(r.config_id for r in rows) or 'none'}; give rows=[...] from scaled_rows, and their statistics"
+            )
+        tree = sample_rows(
+            rows, features, priors, settings, likelihood=likelihood, seed=seed, show_progress=show_progress, label=label
+        )
+        return LatencyPosterior(tree, features, priors, tuple(statistics), target, seed, likelihood=likelihood, rows=tuple(rows))
     if engine == "pymc":
-        from hfdtl_bayes.model.pymc_engine import sample_pymc as sample  # noqa: PLC0415  (PyMC takes seconds to import)
+        from hfdtl_bayes.model.pymc_engine import sample_pymc as sample  # noqa: PLC0415
     else:
         sample = sample_exact
     tree = sample(statistics, features, priors, settings, seed=seed, show_progress=show_progress, label=label)

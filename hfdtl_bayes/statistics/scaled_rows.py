@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 from hfdtl_bayes.configuration import ServingConfiguration
 from hfdtl_bayes.errors import StatisticsError
 from hfdtl_bayes.features import FeatureSet, response
+from hfdtl_bayes.statistics.dependence import DEFAULT_BLOCK_LENGTH
 from hfdtl_bayes.statistics.scaling import row_scale
-from hfdtl_bayes.statistics.sufficient import DEFAULT_BLOCK_LENGTH, ConfigStatistics, statistics_from_rows
+from hfdtl_bayes.statistics.sufficient import ConfigStatistics, statistics_from_rows
 from hfdtl_bayes.traces import time_blocks
 
 FloatArray = NDArray[np.float64]
@@ -44,6 +45,8 @@ class ScaledRows:
         s in seconds.
     block : ndarray of int, shape (n,)
         Time block of each row, from 0, increasing.
+    index : ndarray of int, shape (n,)
+        Label of each row in the frame it came from.
     available_rows, available_blocks : int
         How many there were to choose from.
     """
@@ -53,6 +56,7 @@ class ScaledRows:
     observed: FloatArray
     scale: FloatArray
     block: NDArray[np.int64]
+    index: NDArray[np.int64]
     available_rows: int
     available_blocks: int
     starts: NDArray[np.int64] = field(init=False, repr=False)
@@ -71,7 +75,7 @@ class ScaledRows:
     @property
     def block_sizes(self) -> NDArray[np.int64]:
         """Rows of each block, shape (B,)."""
-        return np.diff(np.r_[self.starts, len(self.block)])
+        return np.asarray(np.diff(np.r_[self.starts, len(self.block)]), dtype=np.int64)
 
     def __str__(self) -> str:
         """Return how many rows were chosen of how many, for a person."""
@@ -176,6 +180,7 @@ def scaled_rows(
         observed=response(frame, feature_set.quantity) / scale,
         scale=scale,
         block=np.unique(blocks, return_inverse=True)[1].astype(np.int64),
+        index=frame.index.to_numpy(dtype=np.int64),
         available_rows=available,
         available_blocks=len(sizes),
     )
@@ -189,6 +194,7 @@ def rows_to_dataset(rows: ScaledRows) -> xr.Dataset:
             "observed": ("row", rows.observed),
             "scale_s": ("row", rows.scale),
             "block": ("row", rows.block),
+            "label": ("row", rows.index),
             "available_rows": ((), rows.available_rows),
             "available_blocks": ((), rows.available_blocks),
         },
@@ -207,7 +213,11 @@ def rows_from_dataset(dataset: xr.Dataset, statistics: ConfigStatistics) -> Scal
     try:
         rows = ScaledRows(
             statistics,
-            *(dataset[name].to_numpy() for name in ("design", "observed", "scale_s", "block")),
+            dataset["design"].to_numpy(),
+            dataset["observed"].to_numpy(),
+            dataset["scale_s"].to_numpy(),
+            dataset["block"].to_numpy(),
+            dataset["label"].to_numpy(),
             int(dataset["available_rows"]),
             int(dataset["available_blocks"]),
         )
