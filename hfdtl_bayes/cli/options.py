@@ -17,16 +17,34 @@ Draws = Annotated[int, typer.Option("--draws", min=50, help="Draws kept per chai
 Tune = Annotated[int, typer.Option("--tune", min=50, help="Draws per chain used to adapt, then dropped.")]
 Chains = Annotated[int, typer.Option("--chains", min=2, help="Chains, from different starting points.")]
 Engine = Annotated[
-    str, typer.Option("--engine", help="exact (coefficients integrated out) or pymc (the PyMC model): the same posterior.")
+    str,
+    typer.Option(
+        "--engine",
+        help="exact (coefficients integrated out) or pymc (the PyMC model): the same posterior. rows: the PyMC model on rows.",
+    ),
+]
+Likelihood = Annotated[
+    str | None,
+    typer.Option(
+        "--likelihood",
+        help="With --engine rows: gaussian, student_t, lognormal or outliers. Gaussian by default, or as the donors'.",
+    ),
+]
+RowsPerConfig = Annotated[
+    int,
+    typer.Option(
+        "--rows-per-config", min=1, help="With --engine rows: most rows of a configuration, in whole time blocks evenly spread."
+    ),
 ]
 
 TargetAccept = Annotated[
     float,
-    typer.Option("--target-accept", help="Acceptance NUTS aims at, 0.5 to 1; 0.95 takes smaller steps where some diverge."),
+    typer.Option("--target-accept", help="Acceptance the sampler aims at, 0.5 to 1; 0.95 takes smaller steps where some diverge."),
 ]
 
-# The defaults of SamplerSettings, repeated because importing it would load ArviZ for --help; a test keeps them equal.
-DRAWS, TUNE, CHAINS, TARGET_ACCEPT = 500, 300, 4, 0.8
+# Defaults of SamplerSettings and scaled_rows, repeated because importing them would load ArviZ for --help; a test keeps them equal.
+DRAWS, TUNE, CHAINS, TARGET_ACCEPT = 500, 200, 8, 0.9
+ROWS_PER_CONFIG = 2000
 
 
 def names_in(text: str | None) -> list[str]:

@@ -8,9 +8,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from hfdtl_bayes.model.diagnostics import Convergence, ConvergenceSettings, convergence
-from hfdtl_bayes.model.exact import ExactDensity, sample_exact
+from hfdtl_bayes.model.draws import Draws
+from hfdtl_bayes.model.exact import ExactDensity
+from hfdtl_bayes.model.exact_engine import sample_exact
 from hfdtl_bayes.model.nuts import SamplerSettings
-from hfdtl_bayes.model.posterior import ENGINES, Draws, LatencyPosterior, fit
+from hfdtl_bayes.model.posterior import ENGINES, LatencyPosterior, fit
 from hfdtl_bayes.model.priors import PositiveRange, PriorSettings
 
 if TYPE_CHECKING:

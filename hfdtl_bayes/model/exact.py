@@ -13,7 +13,7 @@ the other:
 
 which gives log p(rows | psi). Its gradient is the posterior mean of the gradient of the complete-data log density (Fisher's
 identity), so only second moments of eta, omega and theta are needed. Group sds are divided by each other only, never into a
-number that does not shrink with them, so one near zero is harmless where samplers of the coefficients get stuck. NUTS moves in
+number that does not shrink with them, so one near zero is harmless where samplers of the coefficients get stuck. HMC moves in
 psi alone (about two dozen smooth dimensions, no compilation); then (beta, gamma, delta, w, theta) are drawn from their exact
 conditional.
 
@@ -26,15 +26,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import xarray as xr
 from numpy.typing import NDArray
 from scipy.special import expit, log_expit
 
 from hfdtl_bayes.configuration import ServingConfiguration
 from hfdtl_bayes.features import FeatureSet
-from hfdtl_bayes.model.layout import check_statistics, hardware_index, hardware_names, posterior_tree
+from hfdtl_bayes.model.layout import hardware_index, hardware_names
 from hfdtl_bayes.model.moments import reference_errors
-from hfdtl_bayes.model.nuts import SamplerSettings, run_nuts
 from hfdtl_bayes.model.priors import PriorSettings, deviation_scale, population_mean, population_sd
 from hfdtl_bayes.statistics import ConfigStatistics, config_to_constant
 
@@ -76,9 +74,7 @@ class Information:
     reference: FloatArray
 
 
-def information(
-    statistics: Sequence[ConfigStatistics], centre: FloatArray, size: FloatArray, errors: Sequence[tuple[float, float]]
-) -> Information:
+def information(statistics: Sequence[ConfigStatistics], centre: FloatArray, size: FloatArray, errors: FloatArray) -> Information:
     """Compute the Gram matrices of several configurations.
 
     Parameters
@@ -86,7 +82,7 @@ def information(
     statistics : sequence of ConfigStatistics
     centre, size : ndarray, shape (C, K)
         Prior mean of each configuration's coefficients and how far they may lie from it.
-    errors : sequence of (sigma, omega)
+    errors : ndarray, shape (C, 2)
         Rough relative sds of noise and drift, to weigh rows against the prior.
     """
     k = len(statistics[0].coef_names)
@@ -151,7 +147,7 @@ class ExactDensity:
     Notes
     -----
     Unconstrained coordinates, in order: log tau (K), logit rho, log sigma (C), log omega (C), log sigma_typical, log sigma_spread, log
-    omega_typical, log omega_spread.
+    omega_typical, log omega_spread. Without drift those of omega are minus infinity.
     """
 
     def __init__(self, statistics: Sequence[ConfigStatistics], feature_set: FeatureSet, priors: PriorSettings) -> None:
@@ -169,26 +165,22 @@ class ExactDensity:
         self.loading = loading * self.sd
         centre = loading @ self.mean
         size = np.hypot(np.sqrt((self.loading**2).sum(axis=2)), np.exp(priors.deviation.log_mean) * self.scale)
-        errors = [reference_errors(s, priors) for s in statistics]
-        self.info = information(statistics, centre, size, errors)
+        self.errors = np.array([reference_errors(s, priors) for s in statistics])
+        self.info = information(statistics, centre, size, self.errors)
         self.offset = centre - self.info.reference
         # Contractions over strata as plain matrix products: numpy's einsum costs more than the arithmetic here.
         self._flat_gram = self.info.gram.reshape(self.count_config, -1, self.count_coef**2)
+        self._stacked_loading = self.loading.reshape(-1, self.loading.shape[-1])
         self._identity, self._population_identity = np.eye(self.count_coef), np.eye(len(self.mean))
-        self.start = self._start(np.log(errors))
+        with np.errstate(divide="ignore"):
+            self.start = self._start(np.log(self.errors))
 
     def _start(self, errors: FloatArray) -> FloatArray:
         typical = errors.mean(axis=0)
         p = self.priors
-        return np.concatenate(
-            [
-                np.full(self.count_coef, p.deviation.log_mean),
-                [0.0],
-                errors[:, 0],
-                errors[:, 1],
-                [typical[0], p.noise_spread.log_mean, typical[1], p.drift_spread.log_mean],
-            ]
-        )
+        drift_spread = p.drift_spread.log_mean if p.drift else -np.inf
+        tails = [typical[0], p.noise_spread.log_mean, typical[1], drift_spread]
+        return np.concatenate([np.full(self.count_coef, p.deviation.log_mean), [0.0], errors[:, 0], errors[:, 1], tails])
 
     @property
     def size(self) -> int:
@@ -211,8 +203,9 @@ class ExactDensity:
         populations: Sequence[FloatArray],
     ) -> FloatArray:
         """Return the unconstrained coordinates of scales, shape (S, size); the inverse of what `draw` reports."""
-        columns = [np.log(tau), np.log(share / (1 - share))[:, None], np.log(sigma), np.log(omega)]
-        return np.concatenate([*columns, *(np.log(p)[:, None] for p in populations)], axis=1)
+        with np.errstate(divide="ignore"):
+            columns = [np.log(tau), np.log(share / (1 - share))[:, None], np.log(sigma), np.log(omega)]
+            return np.concatenate([*columns, *(np.log(p)[:, None] for p in populations)], axis=1)
 
     def _sds(self, log_tau: FloatArray, logit: FloatArray) -> tuple[FloatArray, FloatArray]:
         """Return the sds of a configuration's own deviations and of those of its hardware, (..., K).
@@ -224,129 +217,140 @@ class ExactDensity:
         return own, np.exp(0.5 * log_expit(logit))[..., None] * total
 
     def _solve(self, own_sd: FloatArray, shared_sd: FloatArray, sigma: FloatArray, omega: FloatArray) -> _Solved:
-        k, identity = self.count_coef, self._identity
-        variance = sigma[..., None] ** 2 + self.info.multiplier * omega[..., None] ** 2
+        k = self.count_coef
+        variance = np.square(sigma)[..., None] + self.info.multiplier * np.square(omega)[..., None]
         weight = 1.0 / variance
-        gram = (weight[..., None, :] @ self._flat_gram)[..., 0, :].reshape(*weight.shape[:-1], k, k)
-        target = (weight[..., None, :] @ self.info.target)[..., 0, :]
-        square = (weight * self.info.square).sum(axis=-1)
-        column, row = own_sd[..., None, :, None], own_sd[..., None, None, :]
-        own = identity + column * gram * row
+        gram = np.vecmat(weight, self._flat_gram).reshape(*weight.shape[:-1], k, k)
+        target = np.vecmat(weight, self.info.target)
+        own_column = own_sd[..., None, :, None]
+        own_row = own_sd[..., None, None, :]
+        own = own_column * gram * own_row + self._identity
         own_inverse = np.linalg.inv(own)
-        shrink = column * own_inverse / row
+        shrink = own_column * own_inverse / own_row
         reduced = gram @ shrink
         reduced = 0.5 * (reduced + _t(reduced))
         # The step from the reference to the prior's centre is made after eta is eliminated. Before, it would be of the size of
         # the information itself, and a log density of a few digits would be left of the difference.
-        kept_target = (_t(shrink) @ target[..., None])[..., 0]
-        moved = (reduced @ self.offset[..., None])[..., 0]
+        kept_target = np.vecmat(target, shrink)
+        moved = np.matvec(reduced, self.offset)
         reduced_target = kept_target - moved
         own_target = own_sd[..., None, :] * target
-        explained = (own_target * (own_inverse @ own_target[..., None])[..., 0]).sum(axis=-1)
-        explained = explained + (self.offset * (2 * kept_target - moved)).sum(axis=-1)
-        scaled_target = own_sd[..., None, :] * (target - (gram @ self.offset[..., None])[..., 0])
+        explained = np.vecdot(own_target, np.matvec(own_inverse, own_target)) + np.vecdot(
+            self.offset, kept_target + reduced_target
+        )
+        scaled_target = own_target - own_sd[..., None, :] * np.matvec(gram, self.offset)
         # Hardware: sums over its configurations.
-        flat = reduced.reshape(*reduced.shape[:-2], k * k)
-        summed = (self.membership @ flat).reshape(*flat.shape[:-2], len(self.membership), k, k)
-        hardware_target = self.membership @ reduced_target
+        summed = (self.membership @ reduced.reshape(*reduced.shape[:-2], k * k)).reshape(*reduced.shape[:-3], -1, k, k)
+        hardware_target = shared_sd[..., None, :] * (self.membership @ reduced_target)
         loaded = reduced @ self.loading
-        shape = loaded.shape
-        hardware_map = (self.membership @ loaded.reshape(*shape[:-2], -1)).reshape(*shape[:-3], -1, *shape[-2:])
-        hcolumn, hrow = shared_sd[..., None, :, None], shared_sd[..., None, None, :]
-        hardware = identity + hcolumn * summed * hrow
+        hardware_map = (self.membership @ loaded.reshape(*loaded.shape[:-2], -1)).reshape(
+            *loaded.shape[:-3], -1, *loaded.shape[-2:]
+        )
+        shared_column = shared_sd[..., None, :, None]
+        hardware = shared_column * summed * shared_sd[..., None, None, :] + self._identity
         hardware_inverse = np.linalg.inv(hardware)
-        scaled_map = hcolumn * hardware_map
-        scaled_hardware = shared_sd[..., None, :] * hardware_target
-        inner = hardware_inverse @ scaled_map
-        inner_target = (hardware_inverse @ scaled_hardware[..., None])[..., 0]
-        # Population.
-        precision = self._population_identity + (_t(self.loading) @ loaded).sum(axis=-3) - (_t(scaled_map) @ inner).sum(axis=-3)
-        vector = (_t(self.loading) @ reduced_target[..., None])[..., 0].sum(axis=-2)
-        vector = vector - (_t(scaled_map) @ inner_target[..., None])[..., 0].sum(axis=-2)
+        hardware_map = shared_column * hardware_map
+        inner = hardware_inverse @ hardware_map
+        inner_target = np.matvec(hardware_inverse, hardware_target)
+        # Population. Sums over configurations, and over hardware, are inner products of stacked rows.
+        p = self.loading.shape[-1]
+        stacked = loaded.reshape(*loaded.shape[:-3], -1, p)
+        stacked_map = hardware_map.reshape(*hardware_map.shape[:-3], -1, p)
+        precision = (
+            self._population_identity + self._stacked_loading.T @ stacked - _t(stacked_map) @ inner.reshape(stacked_map.shape)
+        )
+        vector = np.matvec(self._stacked_loading.T, reduced_target.reshape(*stacked.shape[:-1]))
+        vector = vector - np.vecmat(inner_target.reshape(stacked_map.shape[:-1]), stacked_map)
         population_inverse = np.linalg.inv(precision)
-        population = (population_inverse @ vector[..., None])[..., 0]
+        population = np.matvec(population_inverse, vector)
+        per_config = np.vecdot(self.info.count, np.log(variance)) + np.vecdot(weight, self.info.square) - explained
         log_density = -0.5 * (
-            (self.info.count * np.log(variance)).sum(axis=(-1, -2))
-            + (square - explained).sum(axis=-1)
-            + np.linalg.slogdet(own)[1].sum(axis=-1)
-            - (scaled_hardware * inner_target).sum(axis=(-1, -2))
-            + np.linalg.slogdet(hardware)[1].sum(axis=-1)
-            - (vector * population).sum(axis=-1)
+            (per_config + np.linalg.slogdet(own)[1]).sum(axis=-1)
+            + (np.linalg.slogdet(hardware)[1] - np.vecdot(hardware_target, inner_target)).sum(axis=-1)
             + np.linalg.slogdet(precision)[1]
+            - np.vecdot(vector, population)
         )
         return _Solved(
             log_density, variance, own_inverse, shrink, scaled_target, hardware_inverse, inner, inner_target,
             population_inverse, population, gram,
         )  # fmt: skip
 
-    def log_density(self, x: FloatArray) -> tuple[float, FloatArray]:
+    def log_density(self, x: FloatArray) -> tuple[FloatArray, FloatArray]:
         """Return the log density at unconstrained coordinates and its gradient.
 
         Parameters
         ----------
-        x : ndarray, shape (size,)
+        x : ndarray, shape (..., size)
+            Any number of points at once: most of the cost of one is overhead that many share.
 
         Returns
         -------
-        value : float
-        gradient : ndarray, shape (size,)
+        value : ndarray, shape (...)
+        gradient : ndarray, shape (..., size)
+            Zero for the drift's coordinates where the priors say that there is none.
         """
         log_tau, logit, log_sigma, log_omega, *populations = self.split(x)
         sigma, omega = np.exp(log_sigma), np.exp(log_omega)
         own_sd, shared_sd = self._sds(log_tau, logit)
         s = self._solve(own_sd, shared_sd, sigma, omega)
-        xi, omega_map = s.population_mean, s.hardware_map
-        effect = s.hardware_target - omega_map @ xi
-        effect_covariance = s.hardware_inverse + omega_map @ s.population_inverse @ _t(omega_map)
+        xi = s.population_mean[..., None, :]
+        population_inverse = s.population_inverse[..., None, :, :]
+        effect = s.hardware_target - np.matvec(s.hardware_map, xi)
+        effect_covariance = s.hardware_inverse + s.hardware_map @ population_inverse @ _t(s.hardware_map)
+        shared_row, own_row = shared_sd[..., None, :], own_sd[..., None, :]
+        shared_column, own_column = shared_row[..., None], own_row[..., None]
         # The part of a coefficient that is not its own: x_c = F_c xi + W omega_h.
-        slope = self.loading - shared_sd[:, None] * omega_map[self.hardware]
-        centre = self.loading @ xi + shared_sd * effect[self.hardware]
-        centre_covariance = slope @ s.population_inverse @ _t(slope)
-        centre_covariance = centre_covariance + shared_sd[:, None] * s.hardware_inverse[self.hardware] * shared_sd
-        lever = s.own_inverse @ (own_sd[:, None] * s.gram)
-        eta = (s.own_inverse @ s.own_target[..., None] - lever @ centre[..., None])[..., 0]
-        eta_variance = np.diagonal(s.own_inverse, axis1=-2, axis2=-1) + ((lever @ centre_covariance) * lever).sum(axis=-1)
-        theta = self.offset + centre + own_sd * eta
-        covariance = s.shrink @ centre_covariance @ _t(s.shrink) + own_sd[:, None] * s.own_inverse * own_sd
-        own_square = (eta**2 + eta_variance).sum(axis=0)
-        shared_square = (effect**2 + np.diagonal(effect_covariance, axis1=-2, axis2=-1)).sum(axis=0)
+        slope = self.loading - np.take(shared_column * s.hardware_map, self.hardware, axis=-3)
+        centre = np.matvec(self.loading, xi) + np.take(shared_row * effect, self.hardware, axis=-2)
+        shared_covariance = shared_column * s.hardware_inverse * shared_row[..., None, :]
+        centre_covariance = slope @ population_inverse @ _t(slope) + np.take(shared_covariance, self.hardware, axis=-3)
+        lever = s.own_inverse @ (own_column * s.gram)
+        eta = np.matvec(s.own_inverse, s.own_target) - np.matvec(lever, centre)
+        eta_variance = np.diagonal(s.own_inverse, axis1=-2, axis2=-1) + np.vecdot(lever @ centre_covariance, lever)
+        theta = self.offset + centre + own_row * eta
+        covariance = s.shrink @ centre_covariance @ _t(s.shrink) + own_column * s.own_inverse * own_row[..., None, :]
+        own_square = (eta * eta + eta_variance).sum(axis=-2)
+        shared_square = (effect * effect + np.diagonal(effect_covariance, axis1=-2, axis2=-1)).sum(axis=-2)
         # Expected squared residual of each stratum; theta is relative to the reference, as target and square are.
-        second = covariance + theta[:, :, None] * theta[:, None, :]
-        expected = (self._flat_gram @ second.reshape(self.count_config, -1, 1))[..., 0]
-        expected = expected + self.info.square - 2 * (self.info.target @ theta[..., None])[..., 0]
-        by_variance = 0.5 * (expected / s.variance - self.info.count) / s.variance
-        gradient_sigma = 2 * sigma**2 * by_variance.sum(axis=1)
-        gradient_omega = 2 * omega**2 * (by_variance * self.info.multiplier).sum(axis=1)
-        counts = self.count_config + len(self.membership)
-        gradient_tau = own_square + shared_square - counts
-        k = self.count_coef
-        gradient_logit = 0.5 * expit(-logit) * (shared_square.sum() - k * len(self.membership))
-        gradient_logit -= 0.5 * expit(logit) * (own_square.sum() - k * self.count_config)
-        value, prior = self._log_prior(log_tau, logit, log_sigma, log_omega, populations)
-        gradient = np.concatenate([gradient_tau, [gradient_logit], gradient_sigma, gradient_omega, np.zeros(4)])
-        return float(s.log_density + value), gradient + prior
+        second = covariance + theta[..., :, None] * theta[..., None, :]
+        expected = np.matvec(self._flat_gram, second.reshape(*theta.shape[:-1], -1))
+        expected = expected + self.info.square - 2 * np.matvec(self.info.target, theta)
+        by_variance = (expected / s.variance - self.info.count) / s.variance
+        k, c, h = self.count_coef, self.count_config, len(self.membership)
+        value, gradient = self._log_prior(log_tau, logit, log_sigma, log_omega, populations)
+        gradient[..., :k] += own_square + shared_square - (c + h)
+        gradient[..., k] += 0.5 * expit(-logit) * (shared_square.sum(axis=-1) - k * h)
+        gradient[..., k] -= 0.5 * expit(logit) * (own_square.sum(axis=-1) - k * c)
+        gradient[..., k + 1 : k + 1 + c] += sigma**2 * by_variance.sum(axis=-1)
+        gradient[..., k + 1 + c : k + 1 + 2 * c] += omega**2 * np.vecdot(by_variance, self.info.multiplier)
+        return s.log_density + value, gradient
 
     def _log_prior(
         self, log_tau: FloatArray, logit: FloatArray, log_sigma: FloatArray, log_omega: FloatArray, populations: list[FloatArray]
-    ) -> tuple[float, FloatArray]:
+    ) -> tuple[FloatArray, FloatArray]:
         """Return the log prior density of the unconstrained coordinates and its gradient."""
-        p = self.priors
+        p, k, c = self.priors, self.count_coef, self.count_config
+        gradient = np.zeros((*log_tau.shape[:-1], self.size))
         z = (log_tau - p.deviation.log_mean) / p.deviation.log_sd
-        value = -0.5 * float(z @ z) + p.hardware_share * float(log_expit(logit) + log_expit(-logit))
-        parts = [-z / p.deviation.log_sd, [p.hardware_share * (1 - 2 * expit(logit))]]
-        tails: list[float] = []
-        for logs, typical, log_spread, prior, spread_prior in (
-            (log_sigma, populations[0], populations[1], p.noise, p.noise_spread),
-            (log_omega, populations[2], populations[3], p.drift, p.drift_spread),
+        value = -0.5 * np.vecdot(z, z) + p.hardware_share * (log_expit(logit) + log_expit(-logit))
+        gradient[..., :k] = -z / p.deviation.log_sd
+        gradient[..., k] = p.hardware_share * (1 - 2 * expit(logit))
+        for at, logs, typical, log_spread, prior, spread_prior in (
+            (0, log_sigma, populations[0], populations[1], p.noise, p.noise_spread),
+            (1, log_omega, populations[2], populations[3], p.drift, p.drift_spread),
         ):
+            if prior is None:
+                continue
             spread = np.exp(log_spread)
-            r = (logs - typical) / spread
+            r = (logs - typical[..., None]) / spread[..., None]
+            square = np.vecdot(r, r)
             a = (typical - prior.log_mean) / prior.log_sd
             b = (log_spread - spread_prior.log_mean) / spread_prior.log_sd
-            value += float(-0.5 * (r @ r) - len(logs) * log_spread - 0.5 * a * a - 0.5 * b * b)
-            parts.append(-r / spread)
-            tails += [float(r.sum() / spread - a / prior.log_sd), float(r @ r - len(logs) - b / spread_prior.log_sd)]
-        return value, np.concatenate([*parts, tails])
+            value = value - 0.5 * (square + a * a + b * b) - c * log_spread
+            gradient[..., k + 1 + at * c : k + 1 + (at + 1) * c] = -r / spread[..., None]
+            gradient[..., k + 1 + 2 * c + 2 * at] = r.sum(axis=-1) / spread - a / prior.log_sd
+            gradient[..., k + 2 + 2 * c + 2 * at] = square - c - b / spread_prior.log_sd
+        return value, gradient
 
     def population(self, x: FloatArray) -> tuple[FloatArray, FloatArray]:
         """Return mean and covariance of (beta, gamma, delta) given the scales.
@@ -473,50 +477,3 @@ class ExactDensity:
             "omega_typical": np.exp(populations[2]),
             "omega_spread": np.exp(populations[3]),
         }
-
-
-def sample_exact(
-    statistics: Sequence[ConfigStatistics],
-    feature_set: FeatureSet,
-    priors: PriorSettings | None = None,
-    settings: SamplerSettings | None = None,
-    *,
-    seed: int = 0,
-    show_progress: bool = True,
-    label: str = "sampling",
-) -> xr.DataTree:
-    """Sample the posterior of several configurations with the exact engine.
-
-    Parameters
-    ----------
-    statistics : sequence of ConfigStatistics
-    feature_set : FeatureSet
-    priors : PriorSettings, optional
-    settings : SamplerSettings, optional
-    seed : int
-        The same seed gives the same draws.
-    show_progress : bool
-    label : str
-        What the progress bar calls the work.
-
-    Returns
-    -------
-    DataTree
-        Groups `posterior` (chain, draw, ...), `sample_stats`, `observed_data`; names and dims of `VARIABLE_DIMS`.
-
-    Raises
-    ------
-    StatisticsError
-        If the statistics cannot be fitted together.
-    ConvergenceError
-        If the sampler cannot start or breaks down.
-    """
-    priors, settings = priors or PriorSettings(), settings or SamplerSettings()
-    check_statistics(statistics, feature_set)
-    density = ExactDensity(statistics, feature_set, priors)
-    run = run_nuts(density.log_density, density.start, settings, seed=seed, label=label, show_progress=show_progress)
-    variables = density.draw(run.x, np.random.default_rng([seed, 3]))
-    base, config = len(feature_set.base), len(feature_set.config)
-    beta, gamma, delta = np.split(variables.pop("population"), [base, base + config], axis=1)
-    variables |= {"beta": beta, "gamma": gamma, "delta": delta}
-    return posterior_tree(variables, run, statistics, feature_set, settings, "exact")

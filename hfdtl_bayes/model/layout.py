@@ -92,7 +92,12 @@ def coordinate_values(statistics: Sequence[ConfigStatistics], feature_set: Featu
 
 
 def check_posterior(
-    posterior: xr.Dataset, statistics: Sequence[ConfigStatistics], feature_set: FeatureSet, likelihood: str = "gaussian"
+    posterior: xr.Dataset,
+    statistics: Sequence[ConfigStatistics],
+    feature_set: FeatureSet,
+    likelihood: str = "gaussian",
+    *,
+    drift: bool = True,
 ) -> None:
     """Refuse draws that do not belong to these statistics and this feature set: entries are read by position.
 
@@ -109,7 +114,7 @@ def check_posterior(
                 f"the draws have for {name}, in this order, {', '.join(found) or 'nothing'}, not {', '.join(labels)}"
             )
     for name, dims in {**VARIABLE_DIMS, **{n: SHAPE_DIMS[n] for n in SHAPES[likelihood]}}.items():
-        if any(d not in expected for d in dims):
+        if any(d not in expected for d in dims) or (name.startswith("omega") and not drift):
             continue
         if name not in posterior or posterior[name].dims != ("chain", "draw", *dims):
             raise InputError(f"there are no draws of {name} ({', '.join(('chain', 'draw', *dims))})")

@@ -9,12 +9,17 @@ from hfdtl_bayes.statistics import ConfigStatistics, pseudo_rows
 
 
 def reference_errors(statistics: ConfigStatistics, priors: PriorSettings) -> tuple[float, float]:
-    """Return moment estimates of (sigma, omega) of one configuration, the prior's median where it has too few rows."""
+    """Return moment estimates of (sigma, omega) of one configuration, the prior's median where it has too few rows.
+
+    Without drift every stratum tells of sigma, and omega is zero.
+    """
     rows = pseudo_rows([statistics])
     typical = float(np.exp(priors.noise.log_mean))
-    within = rows.rss_multiplier == 0
+    within = (rows.rss_multiplier == 0) | (priors.drift is None)
     sigma = float(np.sqrt(rows.rss[within].sum() / rows.dof[within].sum())) if within.any() else typical
     sigma = max(sigma, 1e-6)
+    if priors.drift is None:
+        return sigma, 0.0
     between = ~within
     omega = float(np.exp(priors.drift.log_mean))
     if between.any() and rows.dof[between].sum() >= 3:

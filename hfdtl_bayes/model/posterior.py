@@ -22,7 +22,7 @@ from hfdtl_bayes.features import FeatureSet, PriorRange, feature_set, fingerprin
 from hfdtl_bayes.files import atomic
 from hfdtl_bayes.model.diagnostics import Convergence, ConvergenceSettings, convergence
 from hfdtl_bayes.model.draws import Draws
-from hfdtl_bayes.model.exact import sample_exact
+from hfdtl_bayes.model.exact_engine import sample_exact
 from hfdtl_bayes.model.layout import check_posterior, hardware_names, in_order
 from hfdtl_bayes.model.likelihoods import SHAPES, check_likelihood
 from hfdtl_bayes.model.nuts import SamplerSettings
@@ -123,7 +123,9 @@ class LatencyPosterior:
         return input_hash(self.statistics)
 
     def draws_of(self, name: str) -> FloatArray:
-        """Return all draws of a variable, shape (S, ...)."""
+        """Return all draws of a variable, shape (S, ...); those of the drift are zero where the priors say that there is none."""
+        if name.startswith("omega") and self.priors.drift is None:
+            return np.zeros_like(self.draws_of(name.replace("omega", "sigma")))
         values = self.tree["posterior"][name].to_numpy()
         return np.asarray(values.reshape(-1, *values.shape[2:]), dtype=float)
 
@@ -444,7 +446,7 @@ class LatencyPosterior:
         kept["posterior"] = in_order(kept["posterior"])
         likelihood = header.get("likelihood", "gaussian")
         check_likelihood(likelihood)
-        check_posterior(kept["posterior"], statistics, features, likelihood)
+        check_posterior(kept["posterior"], statistics, features, likelihood, drift=priors.drift is not None)
         stored_rows = [tree[f"rows/{c}"] for c in header["configs"]] if "rows" in tree else []
         rows = tuple(
             rows_from_dataset(n.to_dataset(inherit=False), s)
