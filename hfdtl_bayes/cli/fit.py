@@ -11,13 +11,16 @@ import typer
 from hfdtl_bayes.cli.options import (
     CHAINS,
     DRAWS,
+    ROWS_PER_CONFIG,
     TARGET_ACCEPT,
     TUNE,
     AsJson,
     Chains,
     Draws,
     Engine,
+    Likelihood,
     PosteriorFile,
+    RowsPerConfig,
     Seed,
     Store,
     TargetAccept,
@@ -47,6 +50,8 @@ def fit(
     chains: Chains = CHAINS,
     target_accept: TargetAccept = TARGET_ACCEPT,
     engine: Engine = "exact",
+    likelihood: Likelihood = None,
+    rows_per_config: RowsPerConfig = ROWS_PER_CONFIG,
     seed: Seed = 0,
     as_json: AsJson = False,
 ) -> None:
@@ -65,6 +70,8 @@ def fit(
         max_rows=max_rows,
         settings=SamplerSettings(draws=draws, tune=tune, chains=chains, target_accept=target_accept),
         engine=engine,
+        likelihood=likelihood or "gaussian",
+        rows_per_config=rows_per_config,
         seed=seed,
     )
     _finish(posterior, watched, out, "population", as_json=as_json)
@@ -87,6 +94,8 @@ def calibrate(
     chains: Chains = CHAINS,
     target_accept: TargetAccept = TARGET_ACCEPT,
     engine: Engine = "exact",
+    likelihood: Likelihood = None,
+    rows_per_config: RowsPerConfig = ROWS_PER_CONFIG,
     seed: Seed = 0,
     as_json: AsJson = False,
 ) -> None:
@@ -108,6 +117,8 @@ def calibrate(
         watched.configuration(config),
         settings=SamplerSettings(draws=draws, tune=tune, chains=chains, target_accept=target_accept),
         engine=engine,
+        likelihood=likelihood,
+        rows_per_config=rows_per_config,
         seed=seed,
     )
     _finish(posterior, watched, out, config, as_json=as_json)
@@ -132,6 +143,8 @@ def _finish(posterior: LatencyPosterior, watched: WatchedStore, out: Path, descr
         "donors": posterior.donors,
         "target": posterior.target,
         "rows": used,
+        "likelihood": posterior.likelihood,
+        "rows_seen": [str(r) for r in posterior.rows],
         **rejected,
         "seed": posterior.seed,
         "input_hash": posterior.input_hash,
@@ -139,8 +152,9 @@ def _finish(posterior: LatencyPosterior, watched: WatchedStore, out: Path, descr
         "coefficients": table.to_dict(orient="records"),
     }
     kind = f"{posterior.feature_set.quantity}, features {posterior.feature_set.name}"
+    seen = f"{posterior.likelihood} likelihood of rows, {'; '.join(map(str, posterior.rows))}\n" if posterior.rows else ""
     text = (
         f"{table_text(table, f'{kind}: coefficients of {described}')}\n"
-        f"rows: {', '.join(f'{c} {n}' for c, n in used.items())}\n{convergence}\nwrote {out}"
+        f"rows: {', '.join(f'{c} {n}' for c, n in used.items())}\n{seen}{convergence}\nwrote {out}"
     )
     show(result, text, as_json=as_json)

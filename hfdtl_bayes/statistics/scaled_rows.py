@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -126,7 +127,7 @@ def scaled_rows(
     configuration: ServingConfiguration,
     feature_set: FeatureSet,
     *,
-    block_length: int = DEFAULT_BLOCK_LENGTH,
+    block_length: int | Literal["auto"] = DEFAULT_BLOCK_LENGTH,
     pilot: Sequence[float] | FloatArray | None = None,
     rows: int | None = DEFAULT_ROWS_PER_CONFIG,
     seed: int = 0,
@@ -142,8 +143,8 @@ def scaled_rows(
         Validated rows in time order.
     configuration : ServingConfiguration
     feature_set : FeatureSet
-    block_length : int
-        Steps per drift block.
+    block_length : int or "auto"
+        Steps per drift block, as in `statistics_from_rows`.
     pilot : array, shape (K,), optional
         Coefficients that give the scale; by default those of the statistics of all rows, chosen or not.
     rows : int, optional
@@ -162,8 +163,8 @@ def scaled_rows(
     """
     if rows is not None and rows < 1:
         raise StatisticsError(f"rows per configuration must be at least 1, found {rows}")
-    if pilot is None:
-        pilot = statistics_from_rows(frame, configuration, feature_set, block_length=block_length).pilot
+    full = statistics_from_rows(frame, configuration, feature_set, block_length=block_length, pilot=pilot)
+    block_length = full.block_length
     available, blocks = len(frame), time_blocks(frame, block_length)
     sizes = np.bincount(blocks)
     if rows is not None and available > rows:
@@ -171,7 +172,7 @@ def scaled_rows(
         # Without this, rows that have no step numbers would be cut into blocks anew, across the gaps.
         frame = frame[keep].assign(step_id=blocks[keep] * block_length)
         blocks = blocks[keep]
-    own = statistics_from_rows(frame, configuration, feature_set, block_length=block_length, pilot=pilot)
+    own = statistics_from_rows(frame, configuration, feature_set, block_length=block_length, pilot=full.pilot)
     design = feature_set.design(frame, configuration)
     scale = row_scale(design, own.pilot, own.floor_s)
     return ScaledRows(

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -15,7 +15,14 @@ from hfdtl_bayes.configuration import ServingConfiguration
 from hfdtl_bayes.errors import InputError, RejectedRowsWarning
 from hfdtl_bayes.features import FeatureSet, feature_set, response
 from hfdtl_bayes.model import LatencyPosterior, PriorSettings, SamplerSettings, fit
-from hfdtl_bayes.statistics import DEFAULT_BLOCK_LENGTH, DEFAULT_OUTLIER_CUTOFF, ConfigStatistics, statistics_from_rows
+from hfdtl_bayes.model.likelihoods import check_likelihood
+from hfdtl_bayes.statistics import (
+    DEFAULT_BLOCK_LENGTH,
+    DEFAULT_OUTLIER_CUTOFF,
+    DEFAULT_ROWS_PER_CONFIG,
+    scaled_rows,
+    statistics_from_rows,
+)
 from hfdtl_bayes.traces import TraceStore, TraceTable, drop_warmup, time_blocks
 
 _PACKAGE = str(Path(__file__).parents[1])
@@ -76,6 +83,8 @@ def fit_donors(
     priors: PriorSettings | None = None,
     settings: SamplerSettings | None = None,
     engine: str = "exact",
+    likelihood: str = "gaussian",
+    rows_per_config: int = DEFAULT_ROWS_PER_CONFIG,
     seed: int = 0,
     show_progress: bool = True,
 ) -> LatencyPosterior:
@@ -95,8 +104,11 @@ def fit_donors(
         Steps per drift block; "auto" chooses for each donor.
     outlier_cutoff : float
         Robust sds beyond which a row is down-weighted, infinity for never.
-    priors, settings, engine, seed, show_progress
+    priors, settings, engine, likelihood, seed, show_progress
         As in `fit`.
+    rows_per_config : int
+        Most rows of one donor that the engine "rows" sees: whole time blocks, evenly spread (`scaled_rows`). No row of them is
+        down-weighted.
 
     Returns
     -------
@@ -120,26 +132,28 @@ def fit_donors(
     if repeated:
         raise InputError(f"donor(s) listed twice: {', '.join(repeated)}; list each once")
     chosen = feature_set(features, quantity)
+    check_likelihood(likelihood, engine)
+    frames = {d: _donor_rows(store, d, chosen, max_rows=max_rows) for d in donors}
+    sampler: dict[str, Any] = {"engine": engine, "likelihood": likelihood, "seed": seed, "show_progress": show_progress}
+    if engine == "rows":
+        rows = [
+            scaled_rows(f, store.configuration(d), chosen, block_length=block_length, rows=rows_per_config, seed=seed)
+            for d, f in frames.items()
+        ]
+        return fit([r.statistics for r in rows], chosen, priors, settings, rows=rows, **sampler)
     statistics = [
-        _statistics(store, d, chosen, max_rows=max_rows, block_length=block_length, outlier_cutoff=outlier_cutoff) for d in donors
+        statistics_from_rows(f, store.configuration(d), chosen, block_length=block_length, outlier_cutoff=outlier_cutoff)
+        for d, f in frames.items()
     ]
-    return fit(statistics, chosen, priors, settings, engine=engine, seed=seed, show_progress=show_progress)
+    return fit(statistics, chosen, priors, settings, **sampler)
 
 
-def _statistics(
-    store: TraceStore,
-    config_id: str,
-    features: FeatureSet,
-    *,
-    max_rows: int | None,
-    block_length: int | Literal["auto"],
-    outlier_cutoff: float,
-) -> ConfigStatistics:
+def _donor_rows(store: TraceStore, config_id: str, features: FeatureSet, *, max_rows: int | None) -> pd.DataFrame:
     configuration = store.configuration(config_id)
     frame = usable_rows(read_trace(store, config_id, features.quantity).frame, configuration, features)
     frame = frame if max_rows is None else frame.iloc[:max_rows]
     require_enough_rows(frame, configuration, features)
-    return statistics_from_rows(frame, configuration, features, block_length=block_length, outlier_cutoff=outlier_cutoff)
+    return frame
 
 
 def calibrate(
@@ -151,6 +165,8 @@ def calibrate(
     outlier_cutoff: float | None = None,
     settings: SamplerSettings | None = None,
     engine: str = "exact",
+    likelihood: str | None = None,
+    rows_per_config: int = DEFAULT_ROWS_PER_CONFIG,
     seed: int = 0,
     show_progress: bool = True,
 ) -> LatencyPosterior:
@@ -170,6 +186,10 @@ def calibrate(
         As in `fit_donors`; the first donor's by default.
     settings, engine, seed, show_progress
         As in `fit`.
+    likelihood : str, optional
+        As in `fit`; the donors' by default.
+    rows_per_config : int
+        Most rows of the target that the engine "rows" sees, as in `fit_donors`.
 
     Returns
     -------
@@ -179,7 +199,8 @@ def calibrate(
     Raises
     ------
     InputError
-        If the target is one of the donors, or has fewer rows than there are coefficients.
+        If the target is one of the donors, has fewer rows than there are coefficients, or is to be fitted with the engine "rows" to
+        donors that were not.
     """
     if configuration.config_id in donors.donors:
         raise InputError(
@@ -187,18 +208,24 @@ def calibrate(
             "count twice. Fit the donors without it, or predict it as it is"
         )
     require_enough_rows(rows, configuration, donors.feature_set)
+    likelihood = donors.likelihood if likelihood is None else likelihood
+    check_likelihood(likelihood, engine)
+    sampler: dict[str, Any] = {"engine": engine, "likelihood": likelihood, "seed": seed, "show_progress": show_progress}
+    sampler["target"] = configuration.config_id
+    if engine == "rows":
+        if not donors.donor_rows:
+            raise InputError(
+                f"the donors {', '.join(donors.donors)} were fitted from statistics and their rows are not kept; to calibrate with the "
+                'engine "rows", fit them with it too'
+            )
+        chosen = scaled_rows(rows, configuration, donors.feature_set, block_length=block_length, rows=rows_per_config, seed=seed)
+        every = [*donors.donor_rows, chosen]
+        statistics = [r.statistics for r in every]
+        fitted = fit(statistics, donors.feature_set, donors.priors, settings, rows=every, **sampler)
+        return replace(fitted, calibration_rows=chosen.index)
     cutoff = donors.donor_statistics[0].scaling.cutoff if outlier_cutoff is None else outlier_cutoff
     own = statistics_from_rows(rows, configuration, donors.feature_set, block_length=block_length, outlier_cutoff=cutoff)
-    fitted = fit(
-        [*donors.donor_statistics, own],
-        donors.feature_set,
-        donors.priors,
-        settings,
-        target=configuration.config_id,
-        engine=engine,
-        seed=seed,
-        show_progress=show_progress,
-    )
+    fitted = fit([*donors.donor_statistics, own], donors.feature_set, donors.priors, settings, **sampler)
     return replace(fitted, calibration_rows=rows.index.to_numpy(dtype=np.int64))
 
 
