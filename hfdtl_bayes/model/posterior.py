@@ -103,6 +103,11 @@ class LatencyPosterior:
         return tuple(s.config_id for s in self.statistics)
 
     @property
+    def engine(self) -> str:
+        """What made the draws: an engine of `fit`, or "conditional" for donors' draws conditioned on a target's rows."""
+        return str(self.tree["sample_stats"].attrs.get("engine", "exact"))
+
+    @property
     def donors(self) -> tuple[str, ...]:
         """Donor configurations."""
         return tuple(c for c in self.config_ids if c != self.target)
