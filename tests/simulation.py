@@ -161,6 +161,10 @@ def draw_parameters(
         "hardware_effect_z": effect_z, "hardware_effect": effect, "theta": np.array(theta),
     }  # fmt: skip
     for name, typical, spread in (("sigma", priors.noise, priors.noise_spread), ("omega", priors.drift, priors.drift_spread)):
+        if typical is None:
+            # No drift.
+            out[name], out[f"{name}_typical"], out[f"{name}_spread"] = np.zeros(len(configurations)), np.zeros(()), np.zeros(())
+            continue
         middle, between = positive(typical), positive(spread)
         out[f"{name}_typical"], out[f"{name}_spread"] = middle, between
         out[name] = middle * np.exp(between * rng.standard_normal(len(configurations)))

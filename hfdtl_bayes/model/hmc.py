@@ -14,6 +14,8 @@ and the coordinates are standardised once more by the pooled moments of the chai
 
 from __future__ import annotations
 
+from typing import Protocol, Self
+
 import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
@@ -21,7 +23,6 @@ from numpy.typing import NDArray
 from hfdtl_bayes.errors import ConvergenceError
 from hfdtl_bayes.model.nuts import NutsRun, SamplerSettings
 from hfdtl_bayes.model.progress import progress
-from hfdtl_bayes.model.scale_coordinates import ScaleCoordinates
 
 FloatArray = NDArray[np.float64]
 
@@ -32,6 +33,23 @@ _START_SD = 1.5
 """Starts are spread more widely than the posterior, so that R-hat sees chains that have not met."""
 _DIVERGENT = 1000.0
 """Energy error that counts as a divergence, as in Stan and nutpie."""
+
+
+class Coordinates(Protocol):
+    """What is sampled: a density in coordinates of which many points are evaluated at once; see `ScaleCoordinates`."""
+
+    @property
+    def size(self) -> int:
+        """Number of coordinates."""
+
+    def log_density(self, q: FloatArray) -> tuple[FloatArray, FloatArray]:
+        """Return log density, shape (n,), and gradient, shape (n, size), at coordinates of shape (n, size)."""
+
+    def scales(self, q: FloatArray) -> FloatArray:
+        """Return what the coordinates stand for."""
+
+    def whitened(self, mean: FloatArray, covariance: FloatArray) -> Self:
+        """Return coordinates in which draws of this mean and covariance are standard."""
 
 
 class _StepSize:
@@ -48,13 +66,14 @@ class _StepSize:
 
 
 def run_hmc(
-    coordinates: ScaleCoordinates, settings: SamplerSettings, *, seed: int, label: str, show_progress: bool
+    coordinates: Coordinates, settings: SamplerSettings, *, seed: int, label: str, show_progress: bool
 ) -> tuple[FloatArray, NutsRun]:
     """Sample the scales.
 
     Parameters
     ----------
-    coordinates : ScaleCoordinates
+    coordinates : Coordinates
+        In which the density is roughly standard normal.
     settings : SamplerSettings
     seed : int
         The same seed gives the same draws.
@@ -83,7 +102,8 @@ def run_hmc(
         raise ConvergenceError(
             "the sampler could not start: the density is not finite anywhere. Check the statistics and the priors"
         )
-    step, warm = _StepSize(settings.target_accept), []
+    step = _StepSize(settings.target_accept)
+    warm: list[FloatArray] = []
     kept = np.empty((chains, settings.draws, size))
     names = ("diverging", "energy", "lp", "n_steps", "acceptance_rate")
     stats = {name: np.empty((chains, settings.draws)) for name in names}
@@ -118,13 +138,14 @@ def run_hmc(
             advance()
     flat = kept.reshape(-1, size)
     dims = ("chain", "draw")
-    own = {name: (dims, v.astype({"diverging": bool, "n_steps": int}.get(name, float))) for name, v in stats.items()}
-    own["step_size"] = (dims, np.full((chains, settings.draws), np.exp(step.averaged)))
-    return at.scales(flat), NutsRun(flat, xr.Dataset(own), "split Hamiltonian Monte Carlo, chains in step")
+    stats["step_size"] = np.full((chains, settings.draws), np.exp(step.averaged))
+    kinds = {"diverging": bool, "n_steps": int}
+    kept_stats = xr.Dataset({name: (dims, v.astype(kinds.get(name, float))) for name, v in stats.items()})
+    return at.scales(flat), NutsRun(flat, kept_stats, "split Hamiltonian Monte Carlo, chains in step")
 
 
 def _rotate(
-    at: ScaleCoordinates, q: FloatArray, p: FloatArray, gradient: FloatArray, h: float, steps: int
+    at: Coordinates, q: FloatArray, p: FloatArray, gradient: FloatArray, h: float, steps: int
 ) -> tuple[FloatArray, FloatArray, FloatArray, FloatArray]:
     """Follow the motion for `steps` rotations by `h`; returns position, momentum, log density and gradient at its end."""
     cos, sin = np.cos(h), np.sin(h)
@@ -138,7 +159,7 @@ def _rotate(
     return q, p, value, gradient
 
 
-def _guarded(at: ScaleCoordinates, q: FloatArray) -> tuple[FloatArray, FloatArray]:
+def _guarded(at: Coordinates, q: FloatArray) -> tuple[FloatArray, FloatArray]:
     """Return the log density and gradient; minus infinity and zero where numbers overflow, so that the move is refused."""
     with np.errstate(all="ignore"):
         try:
