@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hfdtl_bayes.configuration import ServingConfiguration, configuration_from_mapping
-from hfdtl_bayes.features import feature_set, feature_set_names, operating_points
+from hfdtl_bayes.features import feature_set, feature_set_names, operating_points, typical_batches
 
 
 def _configuration(seqs: int, budget: int, capacity: float, longest: int) -> ServingConfiguration:
@@ -63,3 +63,24 @@ def test_every_step_time_feature_set_can_be_computed_on_the_grid() -> None:
     grid = operating_points(configuration)
     for name in feature_set_names("step_time"):
         assert feature_set(name).design(grid, configuration).shape[0] == len(grid)
+
+
+def test_typical_batches_are_what_their_names_say() -> None:
+    own = _configuration(64, 2048, 1e6, 8192)
+    found, grid = typical_batches(own).set_index("batch"), operating_points(own)
+    lone, decodes, chunk, mixed = found.itertuples()
+    assert (lone.decode_tokens, lone.prefill_tokens, lone.context_tokens) == (1, 0, 2048)
+    assert (decodes.decode_tokens, decodes.prefill_tokens, decodes.context_tokens) == (64, 0, 64 * 2048)
+    assert (chunk.decode_tokens, chunk.prefill_tokens) == (0, 2048)
+    # 63 decodes and one chunk are 64 requests; 32 is the largest decode batch of the grid that leaves room for a chunk.
+    assert (mixed.decode_tokens, mixed.prefill_tokens) == (32, grid[grid["decode_tokens"] == 32]["prefill_tokens"].max())
+
+
+@given(sizes)
+def test_typical_batches_are_among_the_operating_points(size: tuple[int, int, float, int]) -> None:
+    own = _configuration(*size)
+    found = typical_batches(own)
+    assert found["batch"].is_unique
+    assert len(found) >= 1
+    merged = found.drop(columns="batch").merge(operating_points(own), how="left", indicator=True)
+    assert (merged["_merge"] == "both").all()

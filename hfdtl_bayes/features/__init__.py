@@ -2,7 +2,7 @@
 
 from hfdtl_bayes.features.feature import QUANTITIES, Feature, FeatureSet, Level, PriorRange, Quantity
 from hfdtl_bayes.features.fingerprint import fingerprint, fingerprint_differences
-from hfdtl_bayes.features.operating_points import operating_points
+from hfdtl_bayes.features.operating_points import operating_points, typical_batches
 from hfdtl_bayes.features.registry import feature_set, feature_set_names, register_feature_set
 from hfdtl_bayes.features.response import response
 
@@ -20,4 +20,5 @@ __all__ = [
     "operating_points",
     "register_feature_set",
     "response",
+    "typical_batches",
 ]

@@ -72,3 +72,33 @@ def operating_points(configuration: ServingConfiguration) -> pd.DataFrame:
             "regime": np.where(prefill_tokens == 0, "decode", np.where(decode_tokens == 0, "prefill", "mixed")),
         }
     )
+
+
+def typical_batches(configuration: ServingConfiguration) -> pd.DataFrame:
+    """Return the few batches by which anybody who runs an engine knows its speed.
+
+    One request decoding, the largest decode batch, the largest prefill chunk, and the largest chunk beside the most decodes:
+    operating points with a context nearest to 2048 tokens per request.
+
+    Returns
+    -------
+    DataFrame
+        Rows of `operating_points`, with what each is called in the column `batch`.
+    """
+    frame = operating_points(configuration)
+    decode, prefill = frame["decode_tokens"].to_numpy(float), frame["prefill_tokens"].to_numpy(float)
+    context = frame["context_tokens"].to_numpy(float) / np.maximum(decode, 1.0)
+    unusual = np.where(decode > 0, np.abs(context - _CONTEXTS[1]), 0.0)
+    named = {
+        "one request decoding": ("decode", decode, prefill),
+        "largest decode batch": ("decode", -decode, prefill),
+        "largest prefill chunk": ("prefill", -prefill, decode),
+        "most decodes beside a prefill chunk": ("mixed", -decode, -prefill),
+    }
+    found = []
+    for name, (regime, first, second) in named.items():
+        own = np.flatnonzero(frame["regime"] == regime)
+        if len(own):
+            order = np.lexsort((unusual[own], second[own], first[own]))
+            found.append(frame.iloc[[own[order[0]]]].assign(batch=name))
+    return pd.concat(found, ignore_index=True)
