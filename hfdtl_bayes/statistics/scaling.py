@@ -1,10 +1,11 @@
 """How rows are scaled and weighed before anything else: one frozen object, fitted once per configuration and kept with it.
 
 A row is divided by its scale, the pilot's mean or the floor, the larger. A row far from the others of its time block is
-down-weighted by a larger scale: s_i / sqrt(w_i) with w_i = min(1, (c / |u_i|)^2), u_i its deviation in robust sds. So after
-scaling no row lies further out than c sds: neither the coefficients nor the noise are taken over by a pause of the garbage
-collector, and what is fitted is still a Gaussian with known scales, which has sufficient statistics. In sampling terms the row
-is given the smallest error sd that makes it unsurprising at c sds; for large deviations that is the weight of a Student-t.
+down-weighted: the sd of its own noise is taken as s_i sigma / sqrt(w_i) with w_i = min(1, (c / |u_i|)^2), u_i its deviation in robust
+sds; the drift it shares with its block stays s_i d_B. So no row lies further out than c sds: neither the coefficients nor
+the noise are taken over by a pause of the garbage collector, and what is fitted is still a Gaussian with known scales and weights,
+which has sufficient statistics (`split_blocks`). The row is given the smallest noise that makes it unsurprising at c
+sds; for large deviations that is the weight of a Student-t.
 The weight (c / |u|) of Huber would cap the influence on coefficients only: the squared residual would still grow.
 """
 
@@ -107,7 +108,7 @@ class RowScaling:
         Returns
         -------
         scale : ndarray, shape (n,)
-            Seconds, what a row is divided by: that of the pilot over the root of the weight.
+            Seconds, what a row is divided by so that its noise has sd sigma: that of the pilot over the root of the weight.
         weight : ndarray, shape (n,)
             1, or less where a row is down-weighted.
         """

@@ -1,6 +1,6 @@
 """Sufficient statistics of one configuration: orthogonal factors from which any row order, split or chunking gives the same.
 
-With rows divided by their scale s (larger for outliers, see `scaling`), a step's error is eps_i + d_B: independent noise of sd
+With rows divided by their scale s, a step's error is eps_i + d_B: independent noise of sd
 sigma plus a drift of sd omega shared by the steps of time block B. Within a block of m rows, the m - 1 Helmert contrasts have
 variance sigma^2 and the block total divided by sqrt(m) has variance sigma^2 + m omega^2, all independent. So the triangular QR
 factor of the contrasts, and one of the block totals for each block size m, are sufficient; everything right of here costs the
@@ -47,7 +47,7 @@ class Stratum:
     Parameters
     ----------
     multiplier : int
-        0 for the contrasts within blocks, m for the totals of blocks of m rows.
+        0 for the contrasts within blocks, m for the totals of blocks of m rows (of weight m, rounded, with down-weighted rows).
     count : int
         Number of independent rows the factor stands for.
     triangle : ndarray, shape (min(count, K + 1), K + 1)
@@ -197,34 +197,57 @@ class ConfigStatistics:
         )
 
 
-def split_blocks(rows: FloatArray, blocks: NDArray[np.int64]) -> list[tuple[int, FloatArray]]:
+def split_blocks(rows: FloatArray, blocks: NDArray[np.int64], weight: FloatArray | None = None) -> list[tuple[int, FloatArray]]:
     """Rotate each block of rows into Helmert contrasts and a total.
 
     For the j-th row of a block (j from 1): contrast = (mean of the rows before it - row) * sqrt(j / (j + 1)); total =
     sum / sqrt(m). The rotation is orthogonal.
 
+    Only the noise of a down-weighted row is larger, sigma / sqrt(w_i); the drift of its block is what it is. Divided by its scale, which
+    the root of the weight has inflated, its drift is sqrt(w_i) d_B. So the rotation is along sqrt(w) in place of (1, ..., 1): with W_j
+    the sum of the first j weights, contrast = (weighted mean of the rows before it - row) * sqrt(w_j W_(j - 1) / W_j), of variance
+    sigma^2, and total = weighted sum / sqrt(W_m), of variance sigma^2 + W_m omega^2. W_m is rounded to a whole number, so that
+    the number of strata stays bounded: the drift of such a block is given a variance wrong by less than 1 / (2 W_m) of itself.
+
     Parameters
     ----------
     rows : ndarray, shape (n, p)
+        Divided by their scale, root of the weight included.
     blocks : ndarray of int, shape (n,)
         Block numbers, equal values adjacent.
+    weight : ndarray, shape (n,), optional
+        Of each row; 1 by default.
 
     Returns
     -------
     list of (multiplier, rows)
-        The contrasts under multiplier 0 and the totals under their block size; empty ones left out.
+        The contrasts under multiplier 0 and the totals under their block size or rounded weight; empty ones left out.
     """
     starts, sizes = block_starts(blocks)
-    contrasts, totals = [], []
+    weighted = np.zeros(len(starts), dtype=bool) if weight is None else np.minimum.reduceat(weight, starts) < 1
+    parts: dict[int, list[FloatArray]] = {}
     # Sums run within blocks only: along a long recording they would lose digits.
     for m in np.unique(sizes):
-        own = rows[starts[sizes == m][:, None] + np.arange(m)]
-        sums = np.cumsum(own, axis=1)
-        totals.append((int(m), sums[:, -1] / np.sqrt(m)))
+        plain = rows[starts[(sizes == m) & ~weighted][:, None] + np.arange(m)]
+        sums = np.cumsum(plain, axis=1)
+        parts.setdefault(int(m), []).append(sums[:, -1] / np.sqrt(m))
         j = np.arange(1.0, m)[:, None]
-        contrasts.append(((sums[:, :-1] / j - own[:, 1:]) * np.sqrt(j / (j + 1))).reshape(-1, rows.shape[1]))
-    within = np.vstack(contrasts)
-    return [(0, within), *totals] if len(within) else totals
+        contrasts = (sums[:, :-1] / j - plain[:, 1:]) * np.sqrt(j / (j + 1))
+        parts.setdefault(0, []).append(contrasts.reshape(-1, rows.shape[1]))
+    for m in np.unique(sizes[weighted]):
+        at = starts[(sizes == m) & weighted][:, None] + np.arange(m)
+        own, w = rows[at], np.asarray(weight)[at][:, :, None]
+        sums, total = np.cumsum(np.sqrt(w) * own, axis=1), np.cumsum(w, axis=1)
+        contrasts = sums[:, :-1] * np.sqrt(w[:, 1:] / (total[:, :-1] * total[:, 1:])) - own[:, 1:] * np.sqrt(
+            total[:, :-1] / total[:, 1:]
+        )
+        parts[0].append(contrasts.reshape(-1, rows.shape[1]))
+        last = sums[:, -1] / np.sqrt(total[:, -1])
+        multiplier = np.rint(total[:, -1, 0]).astype(int)
+        for whole in np.unique(multiplier):
+            parts.setdefault(int(whole), []).append(last[multiplier == whole])
+    stacked = {m: np.vstack(found) for m, found in sorted(parts.items())}
+    return [(m, found) for m, found in stacked.items() if len(found)]
 
 
 def statistics_from_rows(
@@ -293,7 +316,7 @@ def statistics_from_rows(
     # Rows with a given scaling are a batch from anywhere in a recording, whose start is not known here.
     startup = 0 if given else startup_rows(scaling, design, observed)
     scaled = np.column_stack([design, observed]) / scale[:, None]
-    strata = [Stratum(m, len(r), triangle_of(r)) for m, r in sorted(split_blocks(scaled, blocks), key=lambda item: item[0])]
+    strata = [Stratum(m, len(r), triangle_of(r)) for m, r in split_blocks(scaled, blocks, weight)]
     return ConfigStatistics(
         configuration=configuration,
         feature_set=feature_set.name,
