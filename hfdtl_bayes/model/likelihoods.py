@@ -38,6 +38,9 @@ SHAPES: Mapping[str, tuple[str, ...]] = {
 }
 """Likelihoods by name and the variables of the posterior that give their shape."""
 
+SHAPES_ON_CORE = ("student_t", "outliers")
+"""Likelihoods whose noise has a scale of ordinary rows, the core, beside its sd."""
+
 LEAST_NU = 2.0
 """Degrees of freedom at which a Student-t loses its variance."""
 

@@ -29,7 +29,7 @@ _LOCK = threading.Lock()
 
 def _start(rows: Sequence[ScaledRows], feature_set: FeatureSet, priors: PriorSettings) -> dict[str, np.ndarray]:
     start = starting_point([r.statistics for r in rows], feature_set, priors)
-    core = np.log([reference_fit(r, priors)[1] for r in rows])
+    core = np.log([reference_fit(r, priors, robust=True).core for r in rows])
     share = SHARE_PRIOR[0] / sum(SHARE_PRIOR)
     return start | {
         "core_log__": core,

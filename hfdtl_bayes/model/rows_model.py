@@ -5,18 +5,24 @@ The Gaussian likelihood has the drift d of a block integrated out: with e the sc
     log p = -(m - 1) log sigma - sum (e - T / m)^2 / (2 sigma^2) - log(v) / 2 - T^2 / (2 m v)      v = sigma^2 + m omega^2
 
 up to a constant, computed from the rows, so it is the other engines' posterior reached by another road. The other likelihoods
-have no such form; the effect of each block is sampled, in coordinates that are nearly standard normal whether the block's
-rows decide it or not: d = mean + sd eta with sd^-2 = omega^-2 + m / core^2 and mean = sd^2 sum(residuals) / core^2, core and residuals
-at fixed reference values (as `coordinates` does for coefficients).
+have no such form; the effect of each block is sampled, in coordinates that are nearly standard normal and independent of the
+coefficients, whether the block's rows decide it or not:
+
+    d = v sum(w e) / core^2 + sqrt(v) eta      1 / v = omega^-2 + sum(w) / core^2      e = y / s - x' theta / s
+
+That is its conditional given everything else if errors were Gaussian with the weights w and the noise core, both fixed beforehand by a
+robust fit (`reference_fit`). The coordinates of coefficients (`coordinates`) are those of rows with these weights.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pymc as pm
 import pytensor.tensor as pt
+from numpy.typing import NDArray
 
 from hfdtl_bayes.features import FeatureSet
 from hfdtl_bayes.model.layout import check_statistics, coordinate_values
@@ -24,6 +30,7 @@ from hfdtl_bayes.model.likelihoods import (
     LEAST_NU,
     NU_PRIOR,
     RATIO_PRIOR,
+    SHAPES_ON_CORE,
     SHARE_PRIOR,
     SMALLEST_MEAN,
     check_likelihood,
@@ -31,9 +38,16 @@ from hfdtl_bayes.model.likelihoods import (
 from hfdtl_bayes.model.moments import reference_errors
 from hfdtl_bayes.model.priors import PriorSettings
 from hfdtl_bayes.model.pymc_model import coefficients, hierarchy_data, pooled_scale
-from hfdtl_bayes.statistics import ScaledRows
+from hfdtl_bayes.statistics import ConfigStatistics, ScaledRows, Stratum
+from hfdtl_bayes.statistics.sufficient import split_blocks, triangle_of
 
+FloatArray = NDArray[np.float64]
 Data = dict[str, pt.TensorVariable]
+
+_REWEIGHTED = 8
+"""Rounds of reweighting: the reference only has to be near."""
+
+_REFERENCE_NU = 4.0
 
 
 def rows_data(
@@ -42,7 +56,6 @@ def rows_data(
     """Return the values of every `pm.Data` of the model, by name; replace them to refit without compiling again."""
     counts = [len(r.observed) for r in rows]
     blocks = [len(r.starts) for r in rows]
-    statistics = [r.statistics for r in rows]
     sizes = np.concatenate([r.block_sizes for r in rows])
     values = {
         "x": np.vstack([r.design for r in rows]),
@@ -51,34 +64,56 @@ def rows_data(
         "y_block": np.repeat(np.arange(len(sizes), dtype=np.int32), sizes),
         "block_config": np.repeat(np.arange(len(rows), dtype=np.int32), blocks),
         "block_size": sizes.astype(float),
-        **hierarchy_data(statistics, feature_set, priors),
     }
-    if likelihood != "gaussian" and priors.drift is not None:
-        precision, total = [], []
-        for own in rows:
-            fit, core = reference_fit(own, priors)
-            residuals = np.clip(own.observed - own.design @ fit, -3 * core, 3 * core)
-            precision.append(own.block_sizes / core**2)
-            total.append(np.add.reduceat(residuals, own.starts) / core**2)
-        values |= {"block_precision": np.concatenate(precision), "block_target": np.concatenate(total)}
-    return values
+    statistics = [r.statistics for r in rows]
+    if likelihood != "gaussian":
+        fits = [reference_fit(r, priors, robust=likelihood in SHAPES_ON_CORE) for r in rows]
+        statistics = [f.statistics for f in fits]
+        if priors.drift is not None:
+            values["y_precision"] = np.concatenate([f.weights / f.core**2 for f in fits])
+    return values | hierarchy_data(statistics, feature_set, priors)
 
 
-def reference_fit(rows: ScaledRows, priors: PriorSettings) -> tuple[np.ndarray, float]:
-    """Return rough coefficients and noise of one configuration: least squares within and between blocks, weighed by moments."""
-    statistics = rows.statistics
-    k = rows.design.shape[1]
-    sigma, omega = reference_errors(statistics, priors)
-    weighed = np.vstack([s.triangle / np.sqrt(sigma**2 + s.multiplier * omega**2) for s in statistics.strata])
+@dataclass(frozen=True)
+class ReferenceFit:
+    """A rough fit of one configuration: where its sampler starts, and in what coordinates it moves.
+
+    Attributes
+    ----------
+    core : float
+        Relative noise of ordinary rows.
+    weights : ndarray, shape (n,)
+        Of the rows: 1, or those of a Student-t with four degrees of freedom.
+    statistics : ConfigStatistics
+        Of the rows with these weights.
+    """
+
+    core: float
+    weights: FloatArray
+    statistics: ConfigStatistics
+
+
+def reference_fit(rows: ScaledRows, priors: PriorSettings, *, robust: bool) -> ReferenceFit:
+    """Fit one configuration's rows by iteratively reweighted least squares, the drift of blocks included."""
+    k, sizes = rows.design.shape[1], rows.block_sizes
+    sigma, omega = reference_errors(rows.statistics, priors)
+    weights, statistics, core = np.ones(len(rows.observed)), rows.statistics, sigma
     # The pilot where rows are silent.
     prior = np.column_stack([np.eye(k), statistics.pilot]) / np.maximum(np.abs(statistics.pilot), 0.1)[:, None]
-    stacked = np.vstack([weighed, prior])
-    fit = np.linalg.lstsq(stacked[:, :k], stacked[:, k])[0]
-    # A few wild rows must not set the scale of all: the quartiles of what is left within blocks do.
-    residuals = rows.observed - rows.design @ fit
-    within = residuals - np.repeat(np.add.reduceat(residuals, rows.starts) / rows.block_sizes, rows.block_sizes)
-    core = float(np.median(np.abs(within)) / 0.6745) if rows.block_sizes.max() > 1 else sigma
-    return fit, max(core, 1e-2 * sigma)
+    for _ in range(_REWEIGHTED if robust else 0):
+        stacked = np.vstack([*(s.triangle / np.sqrt(sigma**2 + s.multiplier * omega**2) for s in statistics.strata), prior])
+        residuals = rows.observed - rows.design @ np.linalg.lstsq(stacked[:, :k], stacked[:, k])[0]
+        drift = np.add.reduceat(weights * residuals, rows.starts)
+        drift /= np.add.reduceat(weights, rows.starts) + (sigma / omega) ** 2
+        residuals -= np.repeat(drift, sizes)
+        # A few wild rows must not set the scale of all.
+        core = max(float(np.median(np.abs(residuals)) / 0.6745), 1e-2 * sigma)
+        weights = (_REFERENCE_NU + 1) / (_REFERENCE_NU + (residuals / core) ** 2)
+        scaled = np.column_stack([rows.design, rows.observed]) * np.sqrt(weights)[:, None]
+        strata = [Stratum(m, len(r), triangle_of(r)) for m, r in split_blocks(scaled, rows.block)]
+        statistics = replace(statistics, strata=tuple(sorted(strata, key=lambda s: s.multiplier)))
+        sigma, omega = reference_errors(statistics, priors)
+    return ReferenceFit(core, weights, statistics)
 
 
 def build_rows_model(
@@ -114,14 +149,14 @@ def build_rows_model(
         data = {name: pm.Data(name, value) for name, value in values.items()}
         theta = coefficients(data, feature_set, priors)
         mean = (data["x"] * theta[data["y_config"]]).sum(axis=1)
-        shaped = likelihood in ("student_t", "outliers")
+        shaped = likelihood in SHAPES_ON_CORE
         core = pooled_scale("core" if shaped else "sigma", priors.noise, priors.noise_spread)
         omega = None if priors.drift is None else pooled_scale("omega", priors.drift, priors.drift_spread)
         if likelihood == "gaussian":
             _gaussian(mean, core, omega, data)
         else:
             if omega is not None:
-                mean = mean + _block_effects(omega[data["block_config"]], data)[data["y_block"]]
+                mean = mean + _block_effects(omega[data["block_config"]], data["y_observed"] - mean, data)[data["y_block"]]
             factor = _observe(likelihood, mean, core[data["y_config"]], data["y_observed"])
             if shaped:
                 pm.Deterministic("sigma", core * factor, dims="config")
@@ -143,11 +178,12 @@ def _gaussian(mean: pt.TensorVariable, sigma: pt.TensorVariable, omega: pt.Tenso
     pm.Potential("block_totals", pm.logp(pm.Normal.dist(0.0, pt.sqrt(sigma[config] ** 2 + drift)), total / pt.sqrt(size)).sum())
 
 
-def _block_effects(omega: pt.TensorVariable, data: Data) -> pt.TensorVariable:
+def _block_effects(omega: pt.TensorVariable, error: pt.TensorVariable, data: Data) -> pt.TensorVariable:
     """Return d ~ Normal(0, omega), shape (B,), sampled in the coordinates of the module's formula."""
-    variance = 1.0 / (1.0 / omega**2 + data["block_precision"])
+    weight, block = data["y_precision"], data["y_block"]
+    variance = 1.0 / (1.0 / omega**2 + pt.zeros_like(omega)[block].inc(weight))
     eta = pm.Flat("block_eta", shape=omega.shape)
-    effect = variance * data["block_target"] + pt.sqrt(variance) * eta
+    effect = variance * pt.zeros_like(omega)[block].inc(weight * error) + pt.sqrt(variance) * eta
     pm.Potential("block_effects", (pm.logp(pm.Normal.dist(0.0, omega), effect) + 0.5 * pt.log(variance)).sum())
     return effect
 
