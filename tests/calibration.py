@@ -8,7 +8,8 @@ doi:10.1214/23-BA1404.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import xarray as xr
@@ -16,15 +17,32 @@ from numpy.typing import NDArray
 from scipy.stats import chi2, kstest, norm
 from simulation import BLOCK, THREE, TINY, Parameters, Simulated, batches, configuration, draw_new, pilot_of, simulate
 
-from hfdtl_bayes.model import LatencyPosterior, SamplerSettings
+from hfdtl_bayes.model import LatencyPosterior, SamplerSettings, fit
 
 FloatArray = NDArray[np.float64]
 Places = dict[str, FloatArray]
 
 NEW = (configuration("new on known hardware", "H100", 4), configuration("new on new hardware", "B200", 1))
-SAMPLER = SamplerSettings(draws=100, tune=150, chains=2, target_accept=0.8)
-KEPT = slice(None, None, 8)
-"""One draw in eight: nearly independent, as uniform ranks require."""
+
+
+@dataclass(frozen=True)
+class Engine:
+    """An engine with settings for many short fits, and how many draws it takes for one that is nearly independent of the last."""
+
+    name: str
+    settings: SamplerSettings
+    thin: int
+
+    def fit(self, data: Simulated, seed: int) -> LatencyPosterior:
+        return fit(data.statistics, data.features, data.priors, self.settings, engine=self.name, seed=seed, show_progress=False)
+
+    def kept(self, draws: FloatArray) -> FloatArray:
+        return draws[:: self.thin]
+
+
+EXACT = Engine("exact", SamplerSettings(draws=50, tune=50, chains=8), 4)
+"""Chains move in step, so many short ones cost little more than one; 350 effective draws of the worst parameter in 400."""
+PYMC = Engine("pymc", SamplerSettings(draws=100, tune=150, chains=2), 8)
 
 
 def log_likelihood(data: Simulated, theta: FloatArray, sigma: FloatArray, omega: FloatArray) -> FloatArray:
@@ -70,6 +88,7 @@ def new_truths(data: Simulated, rng: np.random.Generator) -> dict[str, tuple[Flo
 
 
 def predictive_places(
+    engine: Engine,
     posterior: LatencyPosterior,
     data: Simulated,
     truths: Mapping[str, tuple[FloatArray, float, float]],
@@ -87,26 +106,23 @@ def predictive_places(
         observed = design @ theta + scale * np.hypot(sigma, omega) * rng.standard_normal()
         predicted = draws.theta @ design
         predicted = predicted + scale * np.hypot(draws.sigma, draws.omega) * rng.standard_normal(len(predicted))
-        out[f"{own.config_id}: theta"] = place(rng, draws.theta[KEPT], theta)
-        out[f"{own.config_id}: sigma"] = place(rng, draws.sigma[KEPT], sigma)
-        out[f"{own.config_id}: omega"] = place(rng, draws.omega[KEPT], omega)
-        out[f"{own.config_id}: row"] = place(rng, predicted[KEPT], observed)
+        out[f"{own.config_id}: theta"] = place(rng, engine.kept(draws.theta), theta)
+        out[f"{own.config_id}: sigma"] = place(rng, engine.kept(draws.sigma), sigma)
+        out[f"{own.config_id}: omega"] = place(rng, engine.kept(draws.omega), omega)
+        out[f"{own.config_id}: row"] = place(rng, engine.kept(predicted), observed)
     return out
 
 
-def kept_draws(tree: xr.DataTree) -> dict[str, FloatArray]:
+def kept_draws(engine: Engine, tree: xr.DataTree) -> dict[str, FloatArray]:
     posterior = tree["posterior"].to_dataset()
-    return {str(n): v.to_numpy().reshape(-1, *v.shape[2:])[KEPT] for n, v in posterior.data_vars.items()}
+    return {str(n): engine.kept(v.to_numpy().reshape(-1, *v.shape[2:])) for n, v in posterior.data_vars.items()}
 
 
-Fit = Callable[[Simulated, int], LatencyPosterior]
-
-
-def replications(fit: Fit, count: int, seed: int) -> Iterator[tuple[Simulated, LatencyPosterior, np.random.Generator]]:
+def replications(engine: Engine, count: int, seed: int) -> Iterator[tuple[Simulated, LatencyPosterior, np.random.Generator]]:
     for i in range(count):
         data = simulate([seed, i], THREE, TINY)
         assert data.block == BLOCK
-        yield data, fit(data, i), np.random.default_rng([seed, i, 1])
+        yield data, engine.fit(data, i), np.random.default_rng([seed, i, 1])
 
 
 def stacked(places: list[Places]) -> Places:
