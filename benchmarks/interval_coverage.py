@@ -89,7 +89,7 @@ def half_differences(store: str, variant: str, frame: pd.DataFrame, configuratio
     return np.asarray(np.abs(difference / np.hypot(theta[0].std(axis=0), theta[1].std(axis=0)))[used])
 
 
-def judge(store: str, target: str, variant: str, split: str, held_out: float) -> dict[str, object]:
+def judge(store: str, target: str, variant: str, split: str, held_out: float, halves: bool) -> dict[str, object]:
     """Calibrate one target on part of its rows and score the rest."""
     opened = TraceStore(store)
     configuration = opened.configuration(target)
@@ -102,7 +102,7 @@ def judge(store: str, target: str, variant: str, split: str, held_out: float) ->
     fitted = target_fit(store, variant, train, configuration)
     own = fitted.statistics[-1]
     found = evaluate(fitted, test, configuration)
-    apart = half_differences(store, variant, frame, configuration)
+    apart = half_differences(store, variant, frame, configuration) if halves else np.array([np.nan])
     return {
         "store": Path(store).name,
         "variant": variant,
@@ -131,6 +131,7 @@ def main() -> None:
     )
     parser.add_argument("--split", choices=["blocks", "regimes"], default="blocks")
     parser.add_argument("--held-out", type=float, default=0.3, help="share of each regime's blocks held out")
+    parser.add_argument("--halves", action=argparse.BooleanOptionalAction, default=True, help="fit halves of each regime as well")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--targets", type=int, default=None, help="judge only the first N targets of each store")
     parser.add_argument("--out", type=Path, default=None, help="write every score as CSV")
@@ -144,7 +145,10 @@ def main() -> None:
             ids = TraceStore(path).config_ids
             targets = [c for c in ids if c not in DONORS[path.name]][: arguments.targets]
             for variant in arguments.variants:
-                work += [pool.submit(judge, str(path), t, variant, arguments.split, arguments.held_out) for t in targets]
+                work += [
+                    pool.submit(judge, str(path), t, variant, arguments.split, arguments.held_out, arguments.halves)
+                    for t in targets
+                ]
         rows = []
         for done, future in enumerate(as_completed(work), 1):
             rows.append(future.result())
