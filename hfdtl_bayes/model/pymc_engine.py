@@ -70,7 +70,8 @@ def starting_point(
 ) -> dict[str, np.ndarray]:
     """Return the centre of the starting points: prior medians, with noise and drift near their moment estimates."""
     count, k = len(statistics), len(feature_set.coef_names)
-    errors = np.log([reference_errors(s, priors) for s in statistics])
+    # Without drift omega is zero and its start is not used.
+    errors = np.log(np.maximum([reference_errors(s, priors) for s in statistics], 1e-9))
     return {
         "theta_eta__": np.zeros((count, k)),
         "sigma_log__": errors[:, 0],
