@@ -9,12 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hfdtl_bayes.cli.options import (
+    BLOCK_LENGTH,
     CHAINS,
     DRAWS,
+    OUTLIER_CUTOFF,
     ROWS_PER_CONFIG,
     TARGET_ACCEPT,
     TUNE,
     AsJson,
+    BlockLength,
     Chains,
     Draws,
     Engine,
@@ -25,6 +28,7 @@ from hfdtl_bayes.cli.options import (
     Store,
     TargetAccept,
     Tune,
+    block_length_of,
     names_in,
 )
 from hfdtl_bayes.cli.output import check_file, show, table_text, warn_unless_converged, writing
@@ -45,6 +49,11 @@ def fit(
         str, typer.Option("--features", help="Feature set: roofline, hfdtl, blis-physics, blis-blackbox or a registered one.")
     ] = "roofline",
     max_rows: Annotated[int | None, typer.Option("--max-rows", min=1, help="First rows of each donor to use.")] = None,
+    block_length: BlockLength = BLOCK_LENGTH,
+    outlier_cutoff: Annotated[
+        float,
+        typer.Option("--outlier-cutoff", help="Robust sds beyond which a row counts for less; inf: every row counts in full."),
+    ] = OUTLIER_CUTOFF,
     draws: Draws = DRAWS,
     tune: Tune = TUNE,
     chains: Chains = CHAINS,
@@ -61,6 +70,7 @@ def fit(
     from hfdtl_bayes.transfer import fit_donors  # noqa: PLC0415
 
     check_file(out)
+    steps_per_block = block_length_of(block_length)
     watched = WatchedStore(store)
     posterior = fit_donors(
         watched,
@@ -68,6 +78,8 @@ def fit(
         features,
         quantity,
         max_rows=max_rows,
+        block_length=steps_per_block,
+        outlier_cutoff=outlier_cutoff,
         settings=SamplerSettings(draws=draws, tune=tune, chains=chains, target_accept=target_accept),
         engine=engine,
         likelihood=likelihood or "gaussian",
@@ -89,6 +101,11 @@ def calibrate(
         Path | None, typer.Option("--rows", help="Table with the step_id (delays: request_id) of each row to use.")
     ] = None,
     regimes: Annotated[str | None, typer.Option("--regimes", help="Regimes to use, separated by commas.")] = None,
+    block_length: BlockLength = BLOCK_LENGTH,
+    outlier_cutoff: Annotated[
+        float | None,
+        typer.Option("--outlier-cutoff", help="Robust sds beyond which a row counts for less; as the donors' by default."),
+    ] = None,
     draws: Draws = DRAWS,
     tune: Tune = TUNE,
     chains: Chains = CHAINS,
@@ -106,6 +123,7 @@ def calibrate(
     from hfdtl_bayes.transfer import read_trace, usable_rows  # noqa: PLC0415
 
     check_file(out, (posterior_file, rows))
+    steps_per_block = block_length_of(block_length)
     donors = LatencyPosterior.load(posterior_file)
     quantity = donors.feature_set.quantity
     watched = WatchedStore(store)
@@ -115,6 +133,8 @@ def calibrate(
         donors,
         chosen,
         watched.configuration(config),
+        block_length=steps_per_block,
+        outlier_cutoff=outlier_cutoff,
         settings=SamplerSettings(draws=draws, tune=tune, chains=chains, target_accept=target_accept),
         engine=engine,
         likelihood=likelihood,
@@ -127,6 +147,7 @@ def calibrate(
 def _finish(posterior: LatencyPosterior, watched: WatchedStore, out: Path, described: str, *, as_json: bool) -> None:
     """Save a posterior, account for rejected rows, and show what was found."""
     from hfdtl_bayes.cli.traces import write_rejected  # noqa: PLC0415  (loaded on first use)
+    from hfdtl_bayes.statistics import outlier_sentence  # noqa: PLC0415
 
     with writing(out):
         posterior.save(out)
@@ -135,6 +156,7 @@ def _finish(posterior: LatencyPosterior, watched: WatchedStore, out: Path, descr
     warn_unless_converged(convergence)
     every = posterior.coefficient_table()
     table = every[every["config"] == described].drop(columns="config")
+    worth = posterior.effective_rows()
     used = {s.config_id: s.rows for s in posterior.statistics}
     result: dict[str, Any] = {
         "out": out,
@@ -143,6 +165,9 @@ def _finish(posterior: LatencyPosterior, watched: WatchedStore, out: Path, descr
         "donors": posterior.donors,
         "target": posterior.target,
         "rows": used,
+        "effective_rows": [asdict(e) for e in worth],
+        "downweighted": {s.config_id: {**asdict(s.downweighted), "total_s": s.total_s} for s in posterior.statistics},
+        "outlier_cutoff": {s.config_id: s.scaling.cutoff for s in posterior.statistics},
         "likelihood": posterior.likelihood,
         "rows_seen": [str(r) for r in posterior.rows],
         **rejected,
@@ -151,10 +176,12 @@ def _finish(posterior: LatencyPosterior, watched: WatchedStore, out: Path, descr
         "convergence": asdict(convergence),
         "coefficients": table.to_dict(orient="records"),
     }
+    accounts = [*map(str, worth), *filter(None, map(outlier_sentence, posterior.statistics))]
     kind = f"{posterior.feature_set.quantity}, features {posterior.feature_set.name}"
     seen = f"{posterior.likelihood} likelihood of rows, {'; '.join(map(str, posterior.rows))}\n" if posterior.rows else ""
+    told = "".join(f"{line}\n" for line in accounts)
     text = (
         f"{table_text(table, f'{kind}: coefficients of {described}')}\n"
-        f"rows: {', '.join(f'{c} {n}' for c, n in used.items())}\n{seen}{convergence}\nwrote {out}"
+        f"rows: {', '.join(f'{c} {n}' for c, n in used.items())}\n{told}{seen}{convergence}\nwrote {out}"
     )
     show(result, text, as_json=as_json)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
+
+from hfdtl_bayes.errors import InputError
 
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of every random draw; the same seed gives the same result.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout, and nothing else there.")]
@@ -36,15 +38,41 @@ RowsPerConfig = Annotated[
         "--rows-per-config", min=1, help="With --engine rows: most rows of a configuration, in whole time blocks evenly spread."
     ),
 ]
+BlockLength = Annotated[
+    str,
+    typer.Option(
+        "--block-length",
+        help="Steps that share one drift of the machine's speed; auto chooses from the autocorrelation of residuals.",
+    ),
+]
 
 TargetAccept = Annotated[
     float,
-    typer.Option("--target-accept", help="Acceptance the sampler aims at, 0.5 to 1; 0.95 takes smaller steps where some diverge."),
+    typer.Option(
+        "--target-accept", help="Acceptance the sampler aims at, 0.5 to 1; 0.99 takes smaller steps where some diverge."
+    ),
 ]
 
 # Defaults of SamplerSettings and scaled_rows, repeated because importing them would load ArviZ for --help; a test keeps them equal.
-DRAWS, TUNE, CHAINS, TARGET_ACCEPT = 500, 200, 8, 0.9
+DRAWS, TUNE, CHAINS, TARGET_ACCEPT = 500, 200, 8, 0.95
 ROWS_PER_CONFIG = 2000
+BLOCK_LENGTH = "20"
+OUTLIER_CUTOFF = float("inf")
+
+
+def block_length_of(text: str) -> int | Literal["auto"]:
+    """Read --block-length.
+
+    Raises
+    ------
+    InputError
+        If it is neither "auto" nor a whole number from 1.
+    """
+    if text == "auto":
+        return "auto"
+    if not text.isdecimal() or int(text) < 1:
+        raise InputError(f"--block-length takes auto or a whole number of steps from 1, found {text!r}")
+    return int(text)
 
 
 def names_in(text: str | None) -> list[str]:

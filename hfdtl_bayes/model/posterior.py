@@ -29,8 +29,10 @@ from hfdtl_bayes.model.nuts import SamplerSettings
 from hfdtl_bayes.model.priors import PositiveRange, PriorSettings, deviation_scale
 from hfdtl_bayes.statistics import (
     ConfigStatistics,
+    EffectiveRows,
     ScaledRows,
     config_to_constant,
+    effective_rows,
     input_hash,
     rows_from_dataset,
     rows_to_dataset,
@@ -313,6 +315,13 @@ class LatencyPosterior:
             {"rows": counts, "mean_s": mean_design @ draws.mean, "sd_s": new.std(axis=0), "q2.5_s": low, "q97.5_s": high},
             index=pd.Index(numbers, name="block"),
         )
+
+    def effective_rows(self) -> tuple[EffectiveRows, ...]:
+        """Return how many independent rows the rows of each configuration are worth; empty unless errors are Gaussian."""
+        if self.likelihood != "gaussian":
+            return ()
+        sigma, omega = self.draws_of("sigma"), self.draws_of("omega")
+        return tuple(effective_rows(s, sigma[:, c], omega[:, c]) for c, s in enumerate(self.statistics))
 
     def coefficient_table(self) -> pd.DataFrame:
         """Return every coefficient with level, unit, posterior mean, sd, 95 % interval and P(< 0).

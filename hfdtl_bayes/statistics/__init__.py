@@ -8,7 +8,7 @@ from hfdtl_bayes.statistics.dependence import (
     choose_block_length,
     residual_autocorrelation,
 )
-from hfdtl_bayes.statistics.effective import EffectiveRows, effective_rows
+from hfdtl_bayes.statistics.effective import EffectiveRows, effective_rows, outlier_sentence
 from hfdtl_bayes.statistics.files import input_hash, statistics_from_dataset, statistics_to_dataset
 from hfdtl_bayes.statistics.pilot import (
     DEFAULT_OUTLIER_CUTOFF,
@@ -53,6 +53,7 @@ __all__ = [
     "effective_rows",
     "fit_row_scaling",
     "input_hash",
+    "outlier_sentence",
     "own_prior",
     "pseudo_rows",
     "residual_autocorrelation",

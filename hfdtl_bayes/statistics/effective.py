@@ -1,4 +1,4 @@
-"""What the rows of a configuration are worth: the number of independent rows that would say as much."""
+"""What the rows of a configuration are worth: how many independent rows would say as much, and which count for less."""
 
 from __future__ import annotations
 
@@ -44,6 +44,25 @@ class EffectiveRows:
             f"{self.config_id}: {self.rows:,} rows in {self.blocks:,} time blocks are worth {self.level:,.0f} independent ones "
             f"({self.level_low:,.0f} to {self.level_high:,.0f})"
         )
+
+
+def outlier_sentence(statistics: ConfigStatistics) -> str:
+    """Return what was down-weighted of a configuration, and a start-up transient, for a person; empty if there is neither."""
+    found, name = statistics.downweighted, statistics.config_id
+    said = []
+    if found.rows:
+        regimes = ", ".join(f"{regime} {count}" for regime, count in found.by_regime)
+        said.append(
+            f"{name}: {found.rows:,} of {statistics.rows:,} rows lie beyond {statistics.scaling.cutoff:g} robust sds and count for less "
+            f"({regimes}): {found.time_s / statistics.total_s:.2%} of the time, the longest {found.largest_ratio:.1f} times the expected; "
+            f"{found.excess_s / statistics.total_s:.2%} of all time is left out of the means"
+        )
+    if found.startup_rows:
+        said.append(
+            f"{name}: the first {found.startup_rows:,} row(s) take several times the expected, a start-up; give them the regime warmup to "
+            "leave them out"
+        )
+    return "\n".join(said)
 
 
 def information_ratio(statistics: ConfigStatistics, directions: FloatArray, sigma: FloatArray, omega: FloatArray) -> FloatArray:

@@ -24,6 +24,7 @@ from hfdtl_bayes.statistics import (
     statistics_from_rows,
 )
 from hfdtl_bayes.traces import TraceStore, TraceTable, drop_warmup, time_blocks
+from hfdtl_bayes.transfer.evaluation import fitted_block_length
 
 _PACKAGE = str(Path(__file__).parents[1])
 
@@ -230,11 +231,12 @@ def calibrate(
 
 
 def held_out_rows(
-    posterior: LatencyPosterior, frame: pd.DataFrame, block_length: int = DEFAULT_BLOCK_LENGTH
+    posterior: LatencyPosterior, frame: pd.DataFrame, block_length: int | None = None
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Split a target's usable rows into those it was calibrated on and those that may judge it.
 
-    A time block that holds a calibration row judges nothing: its other rows share the machine's speed with that row.
+    A time block that holds a calibration row judges nothing: its other rows share the machine's speed with that row. Blocks
+    have the length the target was calibrated with, unless another is given.
 
     Returns
     -------
@@ -247,7 +249,7 @@ def held_out_rows(
     """
     used = frame.index.isin(posterior.calibration_rows)
     _require_unchanged(posterior, frame[used])
-    blocks = time_blocks(frame, block_length)
+    blocks = time_blocks(frame, block_length or fitted_block_length(posterior, posterior.target))
     aside = ~np.isin(blocks, np.unique(blocks[used]))
     if not aside.any():
         raise InputError(

@@ -96,12 +96,17 @@ def scored_rows(observed: FloatArray, features: FeatureSet, configuration: Servi
     return np.asarray(observed > floor)
 
 
+def fitted_block_length(posterior: LatencyPosterior, config_id: str | None) -> int:
+    """Return the steps per time block that a configuration was fitted with; the default for one that was not."""
+    return next((s.block_length for s in posterior.statistics if s.config_id == config_id), DEFAULT_BLOCK_LENGTH)
+
+
 def evaluate(
     posterior: LatencyPosterior,
     frame: pd.DataFrame,
     configuration: ServingConfiguration,
     *,
-    block_length: int = DEFAULT_BLOCK_LENGTH,
+    block_length: int | None = None,
     seed: int = 0,
 ) -> HeldOut:
     """Compare predictions with held-out rows.
@@ -112,7 +117,8 @@ def evaluate(
     frame : DataFrame
         Validated rows not used for calibration, in time order.
     configuration : ServingConfiguration
-    block_length : int
+    block_length : int, optional
+        Steps per time block; by default those the configuration was fitted with, which its drift belongs to.
     seed : int
 
     Raises
@@ -124,7 +130,7 @@ def evaluate(
         raise InputError(f"no held-out rows of {configuration.config_id!r} to judge; keep some regimes or blocks aside")
     observed = response(frame, posterior.feature_set.quantity)
     predicted = posterior.predict(frame, configuration, seed=seed)
-    blocks = time_blocks(frame, block_length)
+    blocks = time_blocks(frame, block_length or fitted_block_length(posterior, configuration.config_id))
     block_means = posterior.predict_block_means(frame, configuration, blocks, seed=seed)
     judged = pd.DataFrame(
         {

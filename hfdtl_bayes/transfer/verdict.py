@@ -13,7 +13,6 @@ from scipy.stats import binom
 from hfdtl_bayes.configuration import ServingConfiguration
 from hfdtl_bayes.errors import InputError
 from hfdtl_bayes.model import LatencyPosterior
-from hfdtl_bayes.statistics import DEFAULT_BLOCK_LENGTH
 from hfdtl_bayes.transfer.conflict import population_conflict
 from hfdtl_bayes.transfer.evaluation import HeldOut, attainable_mape, error_sd, evaluate
 
@@ -148,7 +147,7 @@ def verdict(
     settings: VerdictSettings | None = None,
     *,
     calibration_rows: pd.DataFrame | None = None,
-    block_length: int = DEFAULT_BLOCK_LENGTH,
+    block_length: int | None = None,
     seed: int = 0,
 ) -> Verdict:
     """Judge a calibrated target on rows it was not calibrated on.
@@ -162,7 +161,8 @@ def verdict(
     settings : VerdictSettings, optional
     calibration_rows : DataFrame, optional
         The rows calibrated on; with them a lack of fit is told from an extrapolation that fails.
-    block_length : int
+    block_length : int, optional
+        As in `evaluate`.
     seed : int
 
     Raises
@@ -241,7 +241,7 @@ def _decide(
     kin = passed.get("kinship with the donors", True)
     if not passed["convergence"]:
         return Outcome.SAMPLE_AGAIN, (
-            "Nothing may be concluded from these draws: calibrate again, for example with --target-accept 0.95 --draws 1500 --tune 1000."
+            "Nothing may be concluded from these draws: calibrate again, for example with --draws 4000 --target-accept 0.99."
         )
     if passed["accuracy"] and passed["coverage"] and passed["reach of the calibration"] and passed.get("rmse", True):
         said = "The coefficients may be used for traffic like the held-out regimes."
