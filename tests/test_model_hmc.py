@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import Any
 
 import arviz as az
 import numpy as np
@@ -13,7 +14,15 @@ from scipy.special import polygamma
 from simulation import PRIORS, TINY, simulate
 
 from hfdtl_bayes.errors import ConvergenceError
-from hfdtl_bayes.model import ExactDensity, PositiveRange, SamplerSettings, convergence, sample_exact
+from hfdtl_bayes.model import (
+    ConvergenceSettings,
+    ExactDensity,
+    PositiveRange,
+    SamplerSettings,
+    convergence,
+    exact_engine,
+    sample_exact,
+)
 from hfdtl_bayes.model.hmc import run_hmc
 from hfdtl_bayes.model.scale_coordinates import ScaleCoordinates, scale_coordinates
 
@@ -160,3 +169,31 @@ def test_without_drift_the_posterior_has_none() -> None:
     tree = sample_exact(data.statistics, TINY, data.priors, few, show_progress=False)
     assert not [n for n in tree["posterior"] if str(n).startswith("omega")]
     assert {"sigma", "sigma_typical", "theta"} <= set(tree["posterior"])
+
+
+def test_thinning_keeps_every_nth_draw_of_the_same_chains() -> None:
+    plain = sampled(normal, 3, SamplerSettings(draws=200, tune=50, chains=2))
+    thinned = sampled(normal, 3, SamplerSettings(draws=50, tune=50, chains=2, thin=4))
+    np.testing.assert_array_equal(thinned, plain[:, 3::4])
+
+
+def test_chains_that_do_not_agree_are_continued_until_they_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = simulate(3)
+    asked: list[int] = []
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        asked.append(args[1].thin)
+        return run_hmc(*args, **kwargs)
+
+    monkeypatch.setattr(exact_engine, "run_hmc", run)
+    monkeypatch.setattr(exact_engine, "_THIN", (1, 2, 3))
+    # Convergence that no first run can show: more effective draws than there are draws.
+    wanted = iter((ConvergenceSettings(min_ess=1e5), ConvergenceSettings()))
+    monkeypatch.setattr(exact_engine, "convergence", lambda tree: convergence(tree, next(wanted)))
+    tree = sample_exact(data.statistics, TINY, data.priors, show_progress=False)
+    assert asked == [1, 2]
+    assert tree["sample_stats"].attrs["thin"] == asked[-1]
+    # Settings that were given are kept to.
+    asked.clear()
+    sample_exact(data.statistics, TINY, data.priors, SamplerSettings(draws=50, tune=50), show_progress=False)
+    assert asked == [1]

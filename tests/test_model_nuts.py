@@ -46,7 +46,7 @@ def test_where_numbers_break_down_the_density_is_zero(beyond: str) -> None:
     assert run.x.std() > 1.5
 
 
-@pytest.mark.parametrize(("name", "value"), [("draws", 10), ("tune", 0), ("chains", 1), ("target_accept", 1.0)])
+@pytest.mark.parametrize(("name", "value"), [("draws", 10), ("tune", 0), ("chains", 1), ("thin", 0), ("target_accept", 1.0)])
 def test_settings_that_cannot_be_judged_are_refused(name: str, value: float) -> None:
     with pytest.raises(InputError, match=name):
         SamplerSettings(**{name: value})

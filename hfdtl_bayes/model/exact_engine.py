@@ -8,13 +8,17 @@ import numpy as np
 import xarray as xr
 
 from hfdtl_bayes.features import FeatureSet
+from hfdtl_bayes.model.diagnostics import convergence
 from hfdtl_bayes.model.exact import ExactDensity
 from hfdtl_bayes.model.hmc import run_hmc
 from hfdtl_bayes.model.layout import check_statistics, posterior_tree
 from hfdtl_bayes.model.nuts import SamplerSettings
 from hfdtl_bayes.model.priors import PriorSettings
-from hfdtl_bayes.model.scale_coordinates import scale_coordinates
+from hfdtl_bayes.model.scale_coordinates import ScaleCoordinates, scale_coordinates
 from hfdtl_bayes.statistics import ConfigStatistics
+
+_THIN = (1, 4, 16)
+"""Draws made for each one kept, tried in turn until the chains agree: several modes, as of data far from their prior, need more."""
 
 
 def sample_exact(
@@ -35,6 +39,7 @@ def sample_exact(
     feature_set : FeatureSet
     priors : PriorSettings, optional
     settings : SamplerSettings, optional
+        By default the usual ones, and where they do not converge four and then sixteen times as many draws, thinned to as many kept.
     seed : int
         The same seed gives the same draws.
     show_progress : bool
@@ -53,14 +58,34 @@ def sample_exact(
     ConvergenceError
         If the sampler cannot start.
     """
-    priors, settings = priors or PriorSettings(), settings or SamplerSettings()
+    priors = priors or PriorSettings()
     check_statistics(statistics, feature_set)
-    density = ExactDensity(statistics, feature_set, priors)
-    scales, run = run_hmc(scale_coordinates(density), settings, seed=seed, label=label, show_progress=show_progress)
+    coordinates = scale_coordinates(ExactDensity(statistics, feature_set, priors))
+    if settings is not None:
+        return _sample(coordinates, statistics, settings, seed=seed, show_progress=show_progress, label=label)
+    for thin in _THIN:
+        tree = _sample(coordinates, statistics, SamplerSettings(thin=thin), seed=seed, show_progress=show_progress, label=label)
+        if convergence(tree).passed:
+            break
+    return tree
+
+
+def _sample(
+    coordinates: ScaleCoordinates,
+    statistics: Sequence[ConfigStatistics],
+    settings: SamplerSettings,
+    *,
+    seed: int,
+    show_progress: bool,
+    label: str,
+) -> xr.DataTree:
+    density = coordinates.density
+    feature_set = density.feature_set
+    scales, run = run_hmc(coordinates, settings, seed=seed, label=label, show_progress=show_progress)
     variables = density.draw(scales, np.random.default_rng([seed, 3]))
     base, config = len(feature_set.base), len(feature_set.config)
     beta, gamma, delta = np.split(variables.pop("population"), [base, base + config], axis=1)
     variables |= {"beta": beta, "gamma": gamma, "delta": delta}
-    if priors.drift is None:
+    if density.priors.drift is None:
         variables = {n: v for n, v in variables.items() if not n.startswith("omega")}
     return posterior_tree(variables, run, statistics, feature_set, settings, "exact")

@@ -14,6 +14,7 @@ and the coordinates are standardised once more by the pooled moments of the chai
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol, Self
 
 import numpy as np
@@ -96,67 +97,99 @@ def run_hmc(
     rng = np.random.default_rng([seed, 7])
     chains, size = settings.chains, coordinates.size
     at = coordinates
-    q = _START_SD * rng.standard_normal((chains, size))
-    value, gradient = _guarded(at, q)
-    if not np.isfinite(value).any():
+    state = _State.at(at, _START_SD * rng.standard_normal((chains, size)))
+    if not np.isfinite(state.value).any():
         raise ConvergenceError(
             "the sampler could not start: the density is not finite anywhere. Check the statistics and the priors"
         )
     step = _StepSize(settings.target_accept)
     warm: list[FloatArray] = []
+    half, transitions = settings.tune // 2, settings.draws * settings.thin
     kept = np.empty((chains, settings.draws, size))
-    names = ("diverging", "energy", "lp", "n_steps", "acceptance_rate")
-    stats = {name: np.empty((chains, settings.draws)) for name in names}
-    half = settings.tune // 2
-    with progress(label, settings.tune + settings.draws, enabled=show_progress) as advance:
-        for i in range(settings.tune + settings.draws):
+    stats = {name: np.empty((chains, settings.draws)) for name in ("diverging", "energy", "lp", "n_steps", "acceptance_rate")}
+    diverged = np.zeros(chains, dtype=bool)
+    with progress(label, settings.tune + transitions, enabled=show_progress) as advance:
+        for i in range(settings.tune):
             if i == half:
                 mean, covariance = _pooled(np.concatenate(warm[half // 3 :]))
-                root = np.linalg.cholesky(covariance)
                 at = at.whitened(mean, covariance)
-                q = np.linalg.solve(root, (q - mean).T).T
-                value, gradient = _guarded(at, q)
+                state = _State.at(at, np.linalg.solve(np.linalg.cholesky(covariance), (state.q - mean).T).T)
                 step = _StepSize(settings.target_accept)
-            angle = rng.uniform(*_ANGLES)
-            steps = int(np.ceil(angle / np.exp(step.log if i < settings.tune else step.averaged)))
-            p = rng.standard_normal((chains, size))
-            before = value - 0.5 * np.vecdot(p, p)
-            new, p, new_value, new_gradient = _rotate(at, q, p, gradient, angle / steps, steps)
-            with np.errstate(invalid="ignore", over="ignore"):
-                gain = np.nan_to_num(new_value - 0.5 * np.vecdot(p, p) - before, nan=-np.inf)
-            accepted = np.exp(np.minimum(gain, 0.0))
-            moved = rng.random(chains) < accepted
-            q, gradient = np.where(moved[:, None], new, q), np.where(moved[:, None], new_gradient, gradient)
-            value = np.where(moved, new_value, value)
-            if i < settings.tune:
-                step.update(float(accepted.mean()))
-                warm.append(q)
-            else:
-                kept[:, i - settings.tune] = q
-                for name, found in zip(names, (gain < -_DIVERGENT, -before, value, steps, accepted), strict=True):
-                    stats[name][:, i - settings.tune] = found
+            state, move = _transition(at, state, np.exp(step.log), rng)
+            step.update(float(move.accepted.mean()))
+            warm.append(state.q)
             advance()
-    flat = kept.reshape(-1, size)
-    dims = ("chain", "draw")
+        for i in range(transitions):
+            state, move = _transition(at, state, np.exp(step.averaged), rng)
+            # Of draws passed over a divergence is remembered all the same.
+            diverged |= move.gain < -_DIVERGENT
+            draw, passed_over = divmod(i, settings.thin)
+            if passed_over == settings.thin - 1:
+                kept[:, draw] = state.q
+                found = (diverged, move.energy, state.value, np.full(chains, move.steps), move.accepted)
+                for name, values in zip(stats, found, strict=True):
+                    stats[name][:, draw] = values
+                diverged = np.zeros(chains, dtype=bool)
+            advance()
     stats["step_size"] = np.full((chains, settings.draws), np.exp(step.averaged))
     kinds = {"diverging": bool, "n_steps": int}
-    kept_stats = xr.Dataset({name: (dims, v.astype(kinds.get(name, float))) for name, v in stats.items()})
-    return at.scales(flat), NutsRun(flat, kept_stats, "split Hamiltonian Monte Carlo, chains in step")
+    dataset = xr.Dataset({name: (("chain", "draw"), v.astype(kinds.get(name, float))) for name, v in stats.items()})
+    flat = kept.reshape(-1, size)
+    return at.scales(flat), NutsRun(flat, dataset, "split Hamiltonian Monte Carlo, chains in step")
 
 
-def _rotate(
-    at: Coordinates, q: FloatArray, p: FloatArray, gradient: FloatArray, h: float, steps: int
-) -> tuple[FloatArray, FloatArray, FloatArray, FloatArray]:
-    """Follow the motion for `steps` rotations by `h`; returns position, momentum, log density and gradient at its end."""
+@dataclass(frozen=True)
+class _State:
+    """Where the chains are, with log density and gradient there."""
+
+    q: FloatArray
+    value: FloatArray
+    gradient: FloatArray
+
+    @classmethod
+    def at(cls, coordinates: Coordinates, q: FloatArray) -> _State:
+        return cls(q, *_guarded(coordinates, q))
+
+
+@dataclass(frozen=True)
+class _Move:
+    """What a transition did, per chain: energy before, log acceptance ratio, acceptance probability, steps."""
+
+    energy: FloatArray
+    gain: FloatArray
+    accepted: FloatArray
+    steps: int
+
+
+def _transition(at: Coordinates, state: _State, longest: float, rng: np.random.Generator) -> tuple[_State, _Move]:
+    """Move every chain once: fresh momentum, a rotation by a random angle in steps of at most `longest`, accept or stay."""
+    angle = rng.uniform(*_ANGLES)
+    steps = int(np.ceil(angle / longest))
+    p = rng.standard_normal(state.q.shape)
+    energy = 0.5 * np.vecdot(p, p) - state.value
+    new, p = _rotate(at, state, p, angle / steps, steps)
+    with np.errstate(invalid="ignore", over="ignore"):
+        gain = np.nan_to_num(new.value - 0.5 * np.vecdot(p, p) + energy, nan=-np.inf)
+    accepted = np.exp(np.minimum(gain, 0.0))
+    moved = rng.random(len(p)) < accepted
+    there = _State(
+        np.where(moved[:, None], new.q, state.q),
+        np.where(moved, new.value, state.value),
+        np.where(moved[:, None], new.gradient, state.gradient),
+    )
+    return there, _Move(energy, gain, accepted, steps)
+
+
+def _rotate(at: Coordinates, state: _State, p: FloatArray, h: float, steps: int) -> tuple[_State, FloatArray]:
+    """Follow the motion for `steps` rotations by `h`; returns where it ends and the momentum there."""
     cos, sin = np.cos(h), np.sin(h)
-    value = np.empty(len(q))
     with np.errstate(invalid="ignore", over="ignore"):
         for _ in range(steps):
-            p = p + 0.5 * h * (gradient + q)
-            q, p = cos * q + sin * p, cos * p - sin * q
-            value, gradient = _guarded(at, q)
-            p = p + 0.5 * h * (gradient + q)
-    return q, p, value, gradient
+            p = p + 0.5 * h * (state.gradient + state.q)
+            q, p = cos * state.q + sin * p, cos * p - sin * state.q
+            state = _State.at(at, q)
+            p = p + 0.5 * h * (state.gradient + state.q)
+    return state, p
 
 
 def _guarded(at: Coordinates, q: FloatArray) -> tuple[FloatArray, FloatArray]:
