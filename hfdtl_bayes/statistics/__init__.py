@@ -25,6 +25,7 @@ from hfdtl_bayes.statistics.scaled_rows import (
     scaled_rows,
 )
 from hfdtl_bayes.statistics.scaling import Downweighted, RowScaling, row_scale
+from hfdtl_bayes.statistics.streaming import StreamedStatistics, statistics_from_parquet
 from hfdtl_bayes.statistics.sufficient import (
     ConfigStatistics,
     PseudoRows,
@@ -47,6 +48,7 @@ __all__ = [
     "RowScaling",
     "ScaledRows",
     "Stratum",
+    "StreamedStatistics",
     "choose_block_length",
     "config_to_constant",
     "constant_s",
@@ -62,6 +64,7 @@ __all__ = [
     "rows_to_dataset",
     "scaled_rows",
     "statistics_from_dataset",
+    "statistics_from_parquet",
     "statistics_from_rows",
     "statistics_to_dataset",
 ]

@@ -1,0 +1,358 @@
+"""The reduction of runs of steps to factors that can be joined: what every worker does, on one machine or many.
+
+A run gives the factors of its whole blocks, and the rows of its first and last block as they are: the neighbours may hold the rest
+of these, and the weight of a row depends on its whole block. Joining is associative, so the same function serves batches within a
+slice of a table, slices within the table and partitions on a cluster.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hfdtl_bayes.configuration import ServingConfiguration
+from hfdtl_bayes.errors import StatisticsError
+from hfdtl_bayes.features import FeatureSet, response
+from hfdtl_bayes.statistics.pilot import config_to_constant, constant_s
+from hfdtl_bayes.statistics.scaling import Downweighted, RowScaling, count_downweighted
+from hfdtl_bayes.statistics.sufficient import ConfigStatistics, Stratum, split_blocks, triangle_of
+from hfdtl_bayes.traces import WARMUP_REGIMES, Parts, Slice, StepBatch, StepReport, step_batches
+
+FloatArray = NDArray[np.float64]
+
+_CHUNK_ROWS = 12_000
+"""Rows factored at once: with a dozen columns they stay in a processor's own cache."""
+
+
+@dataclass(frozen=True)
+class Edge:
+    """The rows of a block that may go on beyond the slice.
+
+    Attributes
+    ----------
+    regime : str
+    number : int
+        step_id // block length.
+    design : ndarray, shape (m, K)
+    observed : ndarray, shape (m,)
+        Both in seconds, not scaled yet: weights need the whole block.
+    """
+
+    regime: str
+    number: int
+    design: FloatArray
+    observed: FloatArray
+
+    def continued_by(self, other: Edge) -> bool:
+        """Return whether `other`, the next block, is the rest of this one."""
+        return (self.regime, self.number) == (other.regime, other.number)
+
+    def join(self, other: Edge) -> Edge:
+        """Return the block of both."""
+        both = np.concatenate([self.design, other.design]), np.concatenate([self.observed, other.observed])
+        return Edge(self.regime, self.number, *both)
+
+
+@dataclass(frozen=True)
+class Sums:
+    """What whole blocks add to the statistics; factors are stacked, not yet reduced to one.
+
+    Attributes
+    ----------
+    factors : dict of int to (int, tuple of ndarray)
+        By multiplier: number of independent rows, and matrices that together have their Gram matrix, each shape (., K + 1).
+    rows, blocks : int
+    log_scale_sum, total_s : float
+    downweighted : Downweighted
+    """
+
+    factors: dict[int, tuple[int, tuple[FloatArray, ...]]] = field(default_factory=dict)
+    rows: int = 0
+    blocks: int = 0
+    log_scale_sum: float = 0.0
+    total_s: float = 0.0
+    downweighted: Downweighted = field(default_factory=Downweighted)
+
+    def merge(self, other: Sums) -> Sums:
+        """Return the sums of both."""
+        factors = dict(self.factors)
+        for m, (count, own) in other.factors.items():
+            before, stacked = factors.get(m, (0, ()))
+            factors[m] = (before + count, stacked + own)
+        return Sums(
+            factors,
+            self.rows + other.rows,
+            self.blocks + other.blocks,
+            self.log_scale_sum + other.log_scale_sum,
+            self.total_s + other.total_s,
+            self.downweighted.merge(other.downweighted),
+        )
+
+    def reduced(self) -> Sums:
+        """Return the same with one factor per multiplier."""
+        return replace(
+            self, factors={m: (count, (np.linalg.qr(np.vstack(own), mode="r"),)) for m, (count, own) in self.factors.items()}
+        )
+
+
+@dataclass(frozen=True)
+class Partial:
+    """A run of steps, reduced but for its first and last block.
+
+    Attributes
+    ----------
+    report : StepReport
+    sums : Sums
+        Of the blocks between first and last.
+    first, last : Edge, optional
+        No first: no rows. No last: one block only.
+    last_id : int, optional
+        Highest step number accepted.
+    """
+
+    report: StepReport
+    sums: Sums = field(default_factory=Sums)
+    first: Edge | None = None
+    last: Edge | None = None
+    last_id: int | None = None
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """How rows become statistics: what every worker has to know.
+
+    Attributes
+    ----------
+    configuration : ServingConfiguration
+    feature_set : FeatureSet
+    block_length : int
+    scaling : RowScaling
+    """
+
+    configuration: ServingConfiguration
+    feature_set: FeatureSet
+    block_length: int
+    scaling: RowScaling
+
+    def slice(self, parts: Parts, own: Slice, after: int | None = None) -> Partial:
+        """Reduce one slice of a table; `after` is the highest step number before it, where it matters.
+
+        Raises
+        ------
+        InputError
+            If the part cannot be read or a column is missing.
+        """
+        found = Partial(StepReport(parts.source))
+        for batch in step_batches(own, parts.columns, self.configuration, self.feature_set.columns, parts.source, after):
+            found = self.join(found, self.batch(batch))
+        return replace(found, sums=found.sums.reduced() if found.sums.factors else found.sums)
+
+    def batch(self, batch: StepBatch) -> Partial:
+        """Reduce accepted steps; warm-up and what the features do not describe is left out."""
+        last_id = int(batch.step_id[-1]) if len(batch.step_id) else None
+        if not set(WARMUP_REGIMES).isdisjoint(batch.regimes):
+            batch = batch.where(~np.isin(batch.regime_code, [i for i, r in enumerate(batch.regimes) if r in WARMUP_REGIMES]))
+        if self.feature_set.support is not None and len(batch.step_id):
+            batch = batch.where(self.feature_set.supported(batch.frame, self.configuration))
+        if not len(batch.step_id):
+            return Partial(batch.report, last_id=last_id)
+        design = self.feature_set.design(batch.frame, self.configuration)
+        observed = response(batch.frame, self.feature_set.quantity)
+        number = np.floor_divide(batch.step_id, self.block_length)
+        change = number[1:] != number[:-1]
+        if len(batch.regimes) > 1:
+            change |= batch.regime_code[1:] != batch.regime_code[:-1]
+        starts = np.r_[0, np.flatnonzero(change) + 1]
+        sizes = np.diff(np.r_[starts, len(observed)])
+
+        def edge(i: int) -> Edge:
+            rows = slice(starts[i], starts[i] + sizes[i])
+            regime = batch.regimes[batch.regime_code[starts[i]]]
+            return Edge(regime, int(number[starts[i]]), design[rows].copy(), observed[rows].copy())
+
+        if len(starts) == 1:
+            return Partial(batch.report, first=edge(0), last_id=last_id)
+        sums = Sums()
+        if len(starts) > 2:
+            inner = slice(starts[1], starts[-1])
+            names = np.array(batch.regimes, dtype=object)
+            sums = self.blocks(design[inner], observed[inner], sizes[1:-1], lambda: names[batch.regime_code[inner]])
+        return Partial(batch.report, sums, edge(0), edge(len(starts) - 1), last_id)
+
+    def join(self, one: Partial, other: Partial) -> Partial:
+        """Join two runs of steps of which the second follows the first."""
+        report = one.report.merge(other.report)
+        last_id = one.last_id if other.last_id is None else other.last_id
+        if one.first is None or other.first is None:
+            return replace(other if one.first is None else one, report=report, last_id=last_id)
+        end = one.last or one.first
+        if end.continued_by(other.first):
+            between, first = end.join(other.first), one.first
+            if one.last is None:
+                return Partial(report, other.sums, between, other.last, last_id)
+            if other.last is None:
+                return Partial(report, one.sums, first, between, last_id)
+            closed = [between]
+        else:
+            closed = [e for e in (one.last, other.first if other.last else None) if e is not None]
+        sums = one.sums.merge(other.sums)
+        for edge in closed:
+            sums = sums.merge(self._edge(edge))
+        return Partial(report, sums, one.first, other.last or other.first, last_id)
+
+    def _edge(self, edge: Edge) -> Sums:
+        regimes = np.full(len(edge.observed), edge.regime, dtype=object)
+        return self.blocks(edge.design, edge.observed, np.array([len(edge.observed)]), lambda: regimes)
+
+    def blocks(
+        self, design: FloatArray, observed: FloatArray, sizes: NDArray[np.int64], regimes: Callable[[], NDArray[np.object_]]
+    ) -> Sums:
+        """Reduce whole blocks.
+
+        The mean of its block is taken from every row; what is left has the Gram matrix of the block's contrasts, for sum of (x -
+        mean)(x - mean)' = sum of c c' over the m - 1 Helmert contrasts c of m rows.
+
+        Parameters
+        ----------
+        design : ndarray, shape (n, K), columns contiguous
+        observed : ndarray, shape (n,)
+        sizes : ndarray of int, shape (B,)
+            Rows of each block, adding up to n.
+        regimes : callable
+            Gives the regime of each row, shape (n,); called if a row is down-weighted.
+        """
+        blocks = np.repeat(np.arange(len(sizes)), sizes)
+        scale, weight = self.scaling.rows(design, observed, blocks)
+        sums = Sums({}, len(observed), len(sizes), float(np.log(scale).sum()), float(observed.sum()))
+        if weight.min() == 1:
+            return replace(sums, factors=self._plain_blocks(design, observed, scale, sizes))
+        # Blocks with a down-weighted row are few, and rotated as `split_blocks` says.
+        low = np.minimum.reduceat(weight, np.cumsum(sizes) - sizes) < 1
+        rows = np.repeat(low, sizes)
+        scaled = np.column_stack([design[rows], observed[rows]]) / scale[rows, None]
+        split = split_blocks(scaled, blocks[rows], weight[rows])
+        counted = count_downweighted(observed, self.scaling.mean_s(design), weight, regimes())
+        sums = replace(sums, factors={m: (len(own), (own,)) for m, own in split}, downweighted=counted)
+        if not low.all():
+            plain = np.asfortranarray(design[~rows]), observed[~rows], scale[~rows], sizes[~low]
+            sums = sums.merge(Sums(self._plain_blocks(*plain)))
+        return sums
+
+    def _plain_blocks(
+        self, design: FloatArray, observed: FloatArray, scale: FloatArray, sizes: NDArray[np.int64]
+    ) -> dict[int, tuple[int, tuple[FloatArray, ...]]]:
+        """Return the factors of whole blocks without a down-weighted row."""
+        ends = np.cumsum(sizes)
+        inverse = 1.0 / scale
+        columns, expansion = _distinct_columns(design)
+        width = len(columns) + 1
+        within: list[FloatArray] = []
+        totals: dict[int, list[FloatArray]] = {}
+        done = row = 0
+        while done < len(sizes):
+            # As many blocks as fit into a chunk, one at least.
+            upto = max(int(np.searchsorted(ends, row + _CHUNK_ROWS, side="right")), done + 1)
+            m, end = sizes[done:upto], int(ends[upto - 1])
+            chunk = np.empty((width, end - row))
+            for column, scaled in zip(columns, chunk, strict=False):
+                np.multiply(column[row:end], inverse[row:end], out=scaled)
+            np.multiply(observed[row:end], inverse[row:end], out=chunk[-1])
+            sums = np.add.reduceat(chunk, ends[done:upto] - m - row, axis=1)
+            for size in np.unique(m):
+                of_size = sums if (m == size).all() else sums[:, m == size]
+                totals.setdefault(int(size), []).append(of_size.T / np.sqrt(size))
+            means = sums / m
+            if (m == m[0]).all():
+                by_block = chunk.reshape(width, len(m), m[0])
+                by_block -= means[:, :, None]
+            else:
+                chunk -= np.repeat(means, m, axis=1)
+            within.append(np.linalg.qr(chunk.T, mode="r"))
+            done, row = upto, end
+        factors: dict[int, tuple[int, tuple[FloatArray, ...]]] = {
+            size: (sum(map(len, rows)), (np.linalg.qr(np.vstack(rows), mode="r") @ expansion,)) for size, rows in totals.items()
+        }
+        if len(observed) > len(sizes):
+            factors[0] = (len(observed) - len(sizes), (np.vstack(within) @ expansion,))
+        return factors
+
+    def statistics(self, found: Partial, startup: int = 0) -> ConfigStatistics:
+        """Return the statistics of a whole table.
+
+        Raises
+        ------
+        StatisticsError
+            If no row is left.
+        """
+        configuration, features = self.configuration, self.feature_set
+        if found.first is None:
+            raise StatisticsError(
+                f"configuration {configuration.config_id!r}: no rows to fit in {found.report.source}: {found.report.rows} accepted, "
+                f"{found.report.rejected_rows} rejected, and none of them steady serving"
+            )
+        sums = found.sums
+        for edge in (found.first, found.last):
+            if edge is not None:
+                sums = sums.merge(self._edge(edge))
+        return ConfigStatistics(
+            configuration=configuration,
+            feature_set=features.name,
+            quantity=features.quantity,
+            coef_names=features.coef_names,
+            scaling=self.scaling,
+            block_length=self.block_length,
+            constant_s=constant_s(features, configuration),
+            config_row=config_to_constant(features, configuration),
+            rows=sums.rows,
+            blocks=sums.blocks,
+            log_scale_sum=sums.log_scale_sum,
+            total_s=sums.total_s,
+            downweighted=replace(sums.downweighted, startup_rows=startup),
+            strata=tuple(_stratum(m, *sums.factors[m]) for m in sorted(sums.factors)),
+        )
+
+
+def _distinct_columns(design: FloatArray) -> tuple[list[FloatArray], FloatArray]:
+    """Return columns from which a design follows, and the matrix that gives it, observations included, from them.
+
+    Features that are zero in a configuration (of experts in a dense model) and constants beside another constant would be
+    factored for nothing.
+
+    Returns
+    -------
+    columns : list of ndarray, shape (n,)
+    expansion : ndarray, shape (number of columns + 1, K + 1)
+        [design, y] = [columns, y] @ expansion.
+    """
+    width = design.shape[1] + 1
+    columns: list[FloatArray] = []
+    expansion: list[FloatArray] = []
+    constant: tuple[float, FloatArray] | None = None
+    for k, column in enumerate(design.T):
+        row = np.zeros(width)
+        row[k] = 1.0
+        first = float(column[0])
+        # The ends tell most columns that vary.
+        if first == column[-1] and (column == first).all():
+            if first == 0.0:
+                continue
+            if constant is not None:
+                constant[1][k] = first / constant[0]
+                continue
+            constant = first, row
+        columns.append(column)
+        expansion.append(row)
+    return columns, np.array([*expansion, np.eye(width)[-1]])
+
+
+def _stratum(multiplier: int, count: int, factors: Iterable[FloatArray]) -> Stratum:
+    triangle = triangle_of(np.vstack(list(factors)))
+    if count < triangle.shape[1]:
+        # Fewer rows than columns: as many rows as there are, those of the independent columns first.
+        kept = triangle[triangle.any(axis=1)][:count]
+        triangle = np.zeros((count, triangle.shape[1]))
+        triangle[: len(kept)] = kept
+    return Stratum(multiplier, count, triangle)
