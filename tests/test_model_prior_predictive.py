@@ -122,12 +122,15 @@ def test_observed_rows_are_held_against_their_own_prediction() -> None:
     found = prior_predictive(own, ROOFLINE, observed=plausible)
     assert found.observed is not None
     assert (found.observed.rows, found.observed.inside_90, found.flags) == (len(frame), 1.0, ())
+    assert found.observed.total == pytest.approx(0.5, abs=0.05)
     far = prior_predictive(own, ROOFLINE, observed=plausible.assign(step_time_s=plausible["step_time_s"] * 10))
     assert far.observed is not None
-    assert (far.observed.above_99, far.observed.below_99, far.observed.inside_90) == (1.0, 0.0, 0.0)
-    (flag,) = far.flags
-    assert flag.startswith(f"100% of {len(frame)} observed rows lie outside the central 99 %")
-    assert flag.endswith("mostly slower: prior and data disagree")
+    assert (far.observed.total, far.observed.inside_90) == (1.0, 0.0)
+    assert far.flags[0].startswith(f"the {len(frame)} observed rows together are slower than the prior expects: at most 0.0%")
+    near = prior_predictive(own, ROOFLINE, observed=plausible.assign(step_time_s=plausible["step_time_s"] / 10))
+    assert near.observed is not None
+    assert near.observed.total < 0.005
+    assert near.flags[0].startswith(f"the {len(frame)} observed rows together are faster than the prior expects")
 
 
 def test_many_observed_rows_are_thinned() -> None:

@@ -11,9 +11,12 @@ from typer.core import TyperGroup
 
 from hfdtl_bayes.cli.export import export
 from hfdtl_bayes.cli.fit import calibrate, fit
+from hfdtl_bayes.cli.inspect import inspect
 from hfdtl_bayes.cli.options import AsJson, Seed
 from hfdtl_bayes.cli.output import say, show
 from hfdtl_bayes.cli.predict import predict
+from hfdtl_bayes.cli.priors import priors
+from hfdtl_bayes.cli.sensitivity import sensitivity
 from hfdtl_bayes.cli.verdict import verdict
 from hfdtl_bayes.errors import HfdtlError, RejectedRowsWarning
 
@@ -95,3 +98,6 @@ app.command()(calibrate)
 app.command()(predict)
 app.command()(verdict)
 app.command()(export)
+app.command()(inspect)
+app.command()(priors)
+app.command()(sensitivity)

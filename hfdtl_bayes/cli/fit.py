@@ -23,6 +23,7 @@ from hfdtl_bayes.cli.options import (
     Engine,
     Likelihood,
     PosteriorFile,
+    PriorsFile,
     RowsPerConfig,
     Seed,
     Store,
@@ -48,6 +49,7 @@ def fit(
     features: Annotated[
         str, typer.Option("--features", help="Feature set: roofline, hfdtl, blis-physics, blis-blackbox or a registered one.")
     ] = "roofline",
+    priors_file: PriorsFile = None,
     max_rows: Annotated[int | None, typer.Option("--max-rows", min=1, help="First rows of each donor to use.")] = None,
     block_length: BlockLength = BLOCK_LENGTH,
     outlier_cutoff: Annotated[
@@ -66,17 +68,22 @@ def fit(
 ) -> None:
     """Fit the population of configurations to donors with rich traces."""
     from hfdtl_bayes.cli.traces import WatchedStore  # noqa: PLC0415  (loaded on first use)
+    from hfdtl_bayes.features import feature_set  # noqa: PLC0415
     from hfdtl_bayes.model import SamplerSettings  # noqa: PLC0415
+    from hfdtl_bayes.model.prior_files import read_priors  # noqa: PLC0415
     from hfdtl_bayes.transfer import fit_donors  # noqa: PLC0415
 
-    check_file(out)
+    check_file(out, (priors_file,))
     steps_per_block = block_length_of(block_length)
     watched = WatchedStore(store)
+    chosen = feature_set(features, quantity)
+    priors, chosen = read_priors(priors_file, chosen) if priors_file else (None, chosen)
     posterior = fit_donors(
         watched,
         names_in(donors),
-        features,
+        chosen,
         quantity,
+        priors=priors,
         max_rows=max_rows,
         block_length=steps_per_block,
         outlier_cutoff=outlier_cutoff,

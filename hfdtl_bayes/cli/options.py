@@ -15,6 +15,9 @@ Store = Annotated[
     Path, typer.Argument(help="Trace store: STORE/<config_id>/{configuration.yaml, steps.parquet, requests.parquet}.")
 ]
 PosteriorFile = Annotated[Path, typer.Argument(help="Posterior file (netCDF) written by fit or calibrate.")]
+PriorsFile = Annotated[
+    Path | None, typer.Option("--priors", help="YAML of prior ranges; `hfdtl-bayes priors --template` prints one to edit.")
+]
 Draws = Annotated[int, typer.Option("--draws", min=50, help="Draws kept per chain.")]
 Tune = Annotated[int, typer.Option("--tune", min=50, help="Draws per chain used to adapt, then dropped.")]
 Chains = Annotated[int, typer.Option("--chains", min=2, help="Chains, from different starting points.")]

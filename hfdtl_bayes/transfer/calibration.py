@@ -75,7 +75,7 @@ def require_enough_rows(frame: pd.DataFrame, configuration: ServingConfiguration
 def fit_donors(
     store: TraceStore,
     donors: Sequence[str],
-    features: str = "roofline",
+    features: str | FeatureSet = "roofline",
     quantity: str = "step_time",
     *,
     max_rows: int | None = None,
@@ -96,8 +96,8 @@ def fit_donors(
     store : TraceStore
     donors : sequence of str
         config_ids, each once.
-    features : str
-        Name of a feature set.
+    features : str or FeatureSet
+        Name of a feature set, or one as it is (with a user's prior ranges, say), whose quantity then counts.
     quantity : {"step_time", "queue_delay", "api_delay"}
     max_rows : int, optional
         Rows of each donor to use, the first in time; all by default.
@@ -132,7 +132,7 @@ def fit_donors(
     repeated = sorted({d for d in donors if list(donors).count(d) > 1})
     if repeated:
         raise InputError(f"donor(s) listed twice: {', '.join(repeated)}; list each once")
-    chosen = feature_set(features, quantity)
+    chosen = feature_set(features, quantity) if isinstance(features, str) else features
     check_likelihood(likelihood, engine)
     frames = {d: _donor_rows(store, d, chosen, max_rows=max_rows) for d in donors}
     sampler: dict[str, Any] = {"engine": engine, "likelihood": likelihood, "seed": seed, "show_progress": show_progress}
