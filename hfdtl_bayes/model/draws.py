@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -11,7 +12,8 @@ from hfdtl_bayes.model.likelihoods import draw_observed
 
 FloatArray = NDArray[np.float64]
 
-_ROWS_AT_ONCE = 256
+_ROWS_AT_ONCE = 4096
+_BLOCK_ROWS_AT_ONCE = 256
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,23 @@ class Draws:
             return np.asarray(mean + error_sd[:, None] * scale * rng.standard_normal(mean.shape))
         return self._given_drift(mean, scale, self.omega[:, None] * rng.standard_normal(mean.shape), rng)
 
+    def predictive(self, design: FloatArray, scale: FloatArray, seed: int) -> Iterator[tuple[slice, FloatArray, FloatArray]]:
+        """Yield, part by part, which rows, draws of their expected values and of new observations, shape (S, rows), seconds.
+
+        Parameters
+        ----------
+        design : ndarray, shape (n, K)
+            Seconds per unit coefficient.
+        scale : ndarray, shape (n,)
+            As in `observations`.
+        seed : int
+        """
+        rng = np.random.default_rng([seed, 1])
+        for start in range(0, len(design), _ROWS_AT_ONCE):
+            part = slice(start, start + _ROWS_AT_ONCE)
+            mean = self.theta @ design[part].T
+            yield part, mean, self.observations(mean, scale[part], rng)
+
     def _given_drift(self, mean: FloatArray, scale: FloatArray, drift: FloatArray, rng: np.random.Generator) -> FloatArray:
         safe = np.where(scale > 0, scale, 1.0)
         drawn = draw_observed(self.likelihood, self.shape, mean / safe + drift, self.sigma, rng)
@@ -77,7 +96,7 @@ class Draws:
         counts = np.bincount(block)
         drift = self.omega[:, None] * rng.standard_normal((len(mean), len(counts)))
         total = np.zeros((len(counts), len(mean)))
-        for start in range(0, len(block), _ROWS_AT_ONCE):
-            part = slice(start, start + _ROWS_AT_ONCE)
+        for start in range(0, len(block), _BLOCK_ROWS_AT_ONCE):
+            part = slice(start, start + _BLOCK_ROWS_AT_ONCE)
             np.add.at(total, block[part], self._given_drift(mean[:, part], scale[part], drift[:, block[part]], rng).T)
         return np.asarray((total / counts[:, None]).T)

@@ -117,8 +117,7 @@ def log_density(likelihood: str, shape: Shape, observed: FloatArray, mean: Float
     if likelihood == "lognormal":
         mean = np.maximum(mean, SMALLEST_MEAN)
         variance = np.log1p((core / mean) ** 2)
-        with np.errstate(divide="ignore"):
-            logs = np.where(observed > 0, np.log(np.maximum(observed, np.finfo(float).tiny)), -np.inf)
+        logs = np.log(np.where(observed > 0, observed, 1.0))
         z = (logs - np.log(mean) + 0.5 * variance) / np.sqrt(variance)
         return np.asarray(np.where(observed > 0, -0.5 * z**2 - logs - 0.5 * np.log(variance) - _LOG_ROOT_TWO_PI, -np.inf))
     z = (observed - mean) / core
@@ -132,6 +131,22 @@ def log_density(likelihood: str, shape: Shape, observed: FloatArray, mean: Float
     ratio = s["outlier_ratio"]
     wide = -0.5 * (z / ratio) ** 2 - np.log(core * ratio) - _LOG_ROOT_TWO_PI
     return np.asarray(np.logaddexp(np.log1p(-s["outlier_share"]) + ordinary, np.log(s["outlier_share"]) + wide))
+
+
+def ordinary_weights(likelihood: str, shape: Shape, error: FloatArray, sigma: FloatArray) -> FloatArray:
+    """Return the weight of each scaled error in a weighted Gaussian fit that has the likelihood's mode, shape (S, ...).
+
+    -(d log p / d e) / e: 1 / core^2 where rows are ordinary, less in the tails. For the lognormal 1 / sigma^2, which is near.
+    """
+    core, s = _columns(likelihood, shape, sigma, error.ndim)
+    z = (error / core) ** 2
+    if likelihood == "student_t":
+        return np.asarray((s["nu"] + 1) / (s["nu"] + z) / core**2)
+    if likelihood == "outliers":
+        ratio = s["outlier_ratio"]
+        odds = s["outlier_share"] / (1 - s["outlier_share"]) / ratio * np.exp(np.minimum(0.5 * z * (1 - ratio**-2), 700.0))
+        return np.asarray((1 + odds / ratio**2) / (1 + odds) / core**2)
+    return np.broadcast_to(core**-2, error.shape)
 
 
 def draw_observed(likelihood: str, shape: Shape, mean: FloatArray, sigma: FloatArray, rng: np.random.Generator) -> FloatArray:

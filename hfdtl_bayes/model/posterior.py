@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -45,7 +45,6 @@ FloatArray = NDArray[np.float64]
 FILE_FORMAT = 1
 ENGINES = ("exact", "pymc", "rows")
 _QUANTILES = (0.025, 0.5, 0.975)
-_ROWS_AT_ONCE = 4096
 
 
 def package_version() -> str:
@@ -266,13 +265,9 @@ class LatencyPosterior:
         design, supported = self._design(frame, configuration)
         expected = design @ draws.mean
         scale = np.where(supported, self.scale_s(expected, configuration), 0.0)
-        rng = np.random.default_rng([seed, 1])
         error_sd = np.hypot(draws.sigma, draws.omega)
         out = {name: np.empty(len(frame)) for name in PREDICTION_COLUMNS}
-        for start in range(0, len(frame), _ROWS_AT_ONCE):
-            part = slice(start, start + _ROWS_AT_ONCE)
-            mean = draws.theta @ design[part].T
-            new = draws.observations(mean, scale[part], rng)
+        for part, mean, new in draws.predictive(design, scale, seed):
             out["mean_s"][part] = expected[part]
             # Var of a new observation = Var of the mean + mean of the error variance; exact, where draws are noisy.
             error_variance = float(np.mean(error_sd**2)) * scale[part] ** 2
@@ -283,6 +278,19 @@ class LatencyPosterior:
                 out[f"q2.5{suffix}"][part], out[f"q50{suffix}"][part] = low, middle
                 out[f"q97.5{suffix}"][part] = high
         return pd.DataFrame(out, index=frame.index)
+
+    def predictive_draws(
+        self, frame: pd.DataFrame, configuration: ServingConfiguration, *, seed: int = 0
+    ) -> Iterator[tuple[slice, FloatArray]]:
+        """Yield draws of new observations part by part: which rows, and the draws, shape (S, rows), seconds.
+
+        They are those that `predict` summarises, so parameters and errors are the same.
+        """
+        draws = self.draws(configuration, seed)
+        design, supported = self._design(frame, configuration)
+        scale = np.where(supported, self.scale_s(design @ draws.mean, configuration), 0.0)
+        for part, _, new in draws.predictive(design, scale, seed):
+            yield part, new
 
     def predict_block_means(
         self, frame: pd.DataFrame, configuration: ServingConfiguration, blocks: NDArray[np.int64], *, seed: int = 0

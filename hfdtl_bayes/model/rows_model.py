@@ -104,7 +104,7 @@ def reference_fit(rows: ScaledRows, priors: PriorSettings, *, robust: bool) -> R
         stacked = np.vstack([*(s.triangle / np.sqrt(sigma**2 + s.multiplier * omega**2) for s in statistics.strata), prior])
         residuals = rows.observed - rows.design @ np.linalg.lstsq(stacked[:, :k], stacked[:, k])[0]
         drift = np.add.reduceat(weights * residuals, rows.starts)
-        drift /= np.add.reduceat(weights, rows.starts) + (sigma / omega) ** 2
+        drift *= omega**2 / (np.add.reduceat(weights, rows.starts) * omega**2 + sigma**2)
         residuals -= np.repeat(drift, sizes)
         # A few wild rows must not set the scale of all.
         core = max(float(np.median(np.abs(residuals)) / 0.6745), 1e-2 * sigma)
