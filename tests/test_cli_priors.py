@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import yaml
 from cli_runs import FEW_DRAWS, STORE, chain, configuration_file, contents, done, run
@@ -128,6 +130,25 @@ def test_bad_priors_leave_the_previous_result(tmp_path: Path) -> None:
     assert "deviation: the lower bound comes first and is smaller, found [0.6, 0.1]" in said
     assert "population.kv_reads: unknown feature of roofline; did you mean kv_read?" in said
     assert contents(tmp_path) == before
+
+
+# Rows that do not tell columns apart
+
+
+def test_traffic_that_leaves_columns_out_is_warned_of(tmp_path: Path) -> None:
+    donor = tmp_path / "store" / DONORS[0]
+    shutil.copytree(STORE / DONORS[0], donor)
+    steps = pd.read_parquet(donor / "steps.parquet")
+    steps[steps["prefill_tokens"] == 0].to_parquet(donor / "steps.parquet", index=False)
+    ran = done("fit", donor.parent, "--donors", DONORS[0], "--out", tmp_path / "donors.nc", "--json", *FEW_DRAWS)
+    said = f"{DONORS[0]}: absent from these rows, so prior and other configurations decide: "
+    (line,) = [line for line in ran.err.splitlines() if said in line]
+    assert line.startswith("warning: ")
+    assert "prefill_attention" in line
+    assert ran.json["not_told_apart"][DONORS[0]][0] in line
+    assert set(chain().fitted.json["not_told_apart"]) == set(DONORS)
+    assert not any(chain().fitted.json["not_told_apart"].values())
+    assert chain().calibrated.json["not_told_apart"] == {TARGET: []}
 
 
 # inspect

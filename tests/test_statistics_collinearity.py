@@ -154,6 +154,9 @@ def test_structure_and_traffic_are_told_apart() -> None:
     assert "prefill_attention" in decodes.absent
     assert decodes.not_applicable == experts
     assert decodes.by_traffic
+    assert everything.warnings() == ()
+    assert decodes.warnings()[0].startswith("absent from these rows")
+    assert "no batch of this configuration could" not in " ".join(decodes.warnings())
     assert any("record steps that have them" in s and "prefill_attention" in s for s in decodes.sentences())
 
 

@@ -32,7 +32,7 @@ from hfdtl_bayes.cli.options import (
     block_length_of,
     names_in,
 )
-from hfdtl_bayes.cli.output import check_file, show, table_text, warn_unless_converged, writing
+from hfdtl_bayes.cli.output import check_file, say, show, table_text, warn_unless_converged, writing
 
 if TYPE_CHECKING:
     from hfdtl_bayes.cli.traces import WatchedStore
@@ -155,12 +155,18 @@ def _finish(posterior: LatencyPosterior, watched: WatchedStore, out: Path, descr
     """Save a posterior, account for rejected rows, and show what was found."""
     from hfdtl_bayes.cli.traces import write_rejected  # noqa: PLC0415  (loaded on first use)
     from hfdtl_bayes.statistics import outlier_sentence  # noqa: PLC0415
+    from hfdtl_bayes.statistics.collinearity import design_condition  # noqa: PLC0415
 
     with writing(out):
         posterior.save(out)
         rejected = write_rejected(watched.tables, out)
     convergence = posterior.convergence()
     warn_unless_converged(convergence)
+    added = [s for s in posterior.statistics if posterior.target in (None, s.config_id)]
+    untold = {s.config_id: design_condition(s, posterior.feature_set).warnings() for s in added}
+    for config_id, sentences in untold.items():
+        for sentence in sentences:
+            say(f"warning: {config_id}: {sentence}")
     every = posterior.coefficient_table()
     table = every[every["config"] == described].drop(columns="config")
     worth = posterior.effective_rows()
@@ -181,6 +187,7 @@ def _finish(posterior: LatencyPosterior, watched: WatchedStore, out: Path, descr
         "seed": posterior.seed,
         "input_hash": posterior.input_hash,
         "convergence": asdict(convergence),
+        "not_told_apart": untold,
         "coefficients": table.to_dict(orient="records"),
     }
     accounts = [*map(str, worth), *filter(None, map(outlier_sentence, posterior.statistics))]

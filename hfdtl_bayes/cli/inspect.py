@@ -24,7 +24,6 @@ def inspect(posterior_file: PosteriorFile, as_json: AsJson = False) -> None:
     """Show coefficients with P(< 0), which directions data or the prior decided, what rows cannot tell apart, and provenance."""
     from hfdtl_bayes.model import LatencyPosterior  # noqa: PLC0415  (loaded on first use)
     from hfdtl_bayes.model.identifiability import configuration_moments, directions, population_moments  # noqa: PLC0415
-    from hfdtl_bayes.statistics import effective_rows  # noqa: PLC0415
     from hfdtl_bayes.statistics.collinearity import design_condition  # noqa: PLC0415
 
     posterior = LatencyPosterior.load(posterior_file)
@@ -33,8 +32,7 @@ def inspect(posterior_file: PosteriorFile, as_json: AsJson = False) -> None:
     found = {_POPULATION: directions(population_moments(posterior))}
     found |= {c: directions(configuration_moments(posterior, c)) for c in posterior.config_ids}
     designs = {s.config_id: design_condition(s, posterior.feature_set) for s in posterior.statistics}
-    sigma, omega = posterior.draws_of("sigma"), posterior.draws_of("omega")
-    worth = [effective_rows(s, sigma[:, c], omega[:, c]) for c, s in enumerate(posterior.statistics)]
+    worth = posterior.effective_rows()
     origin = _provenance(posterior, posterior_file)
     table = posterior.coefficient_table()
     result: dict[str, Any] = {

@@ -124,11 +124,16 @@ class DesignCondition:
         if self.not_applicable:
             said.append(f"not part of this configuration, so its rows say nothing of them: {', '.join(self.not_applicable)}")
         if self.absent:
-            said.append(
-                f"absent from these rows, so prior and other configurations decide: {', '.join(self.absent)}; record steps that "
-                "have them"
-            )
+            said.append(self._absence())
         return (*said, *(d.sentence() for d in self.dependencies))
+
+    def warnings(self) -> tuple[str, ...]:
+        """Return what other traffic could mend, in words: absent columns and exact dependencies that no structure explains."""
+        exact = [d.sentence() for d in self.dependencies if d.exact and not d.by_structure]
+        return (*([self._absence()] if self.absent else []), *exact)
+
+    def _absence(self) -> str:
+        return f"absent from these rows, so prior and other configurations decide: {', '.join(self.absent)}; record steps that have them"
 
 
 def stacked_design(statistics: ConfigStatistics) -> FloatArray:
