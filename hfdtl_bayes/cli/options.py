@@ -28,6 +28,14 @@ Engine = Annotated[
         help="exact (coefficients integrated out) or pymc (the PyMC model): the same posterior. rows: the PyMC model on rows.",
     ),
 ]
+CalibrationEngine = Annotated[
+    str,
+    typer.Option(
+        "--engine",
+        help="auto: the donors' draws conditioned on the target's rows, in milliseconds, and a joint refit where that is not to be relied "
+        "upon. conditional never refits; exact, pymc and rows always do.",
+    ),
+]
 Likelihood = Annotated[
     str | None,
     typer.Option(

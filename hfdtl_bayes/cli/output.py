@@ -31,8 +31,8 @@ def warn_unless_converged(convergence: Convergence) -> None:
     """Say on stderr that a fit has not converged, whatever is done with it, and what to type."""
     if not convergence.passed:
         say(
-            f"warning: {convergence}. Conclude nothing from these draws; fit or calibrate again, for example with --draws 4000 "
-            "--target-accept 0.99"
+            f"warning: {convergence}. Conclude nothing from these draws; fit or calibrate again, for example with "
+            f"{'--engine exact' if convergence.reweighting else '--draws 4000 --target-accept 0.99'}"
         )
 
 

@@ -8,21 +8,26 @@ from hfdtl_bayes.transfer.baselines import (
     scratch_coefficients,
 )
 from hfdtl_bayes.transfer.calibration import calibrate, fit_donors, held_out_rows, read_trace, select_rows, usable_rows
+from hfdtl_bayes.transfer.conditioning import CALIBRATION_ENGINES, calibrate_statistics
 from hfdtl_bayes.transfer.conflict import Conflict, population_conflict
 from hfdtl_bayes.transfer.evaluation import HeldOut, attainable_mape, evaluate
+from hfdtl_bayes.transfer.streaming import TargetStream
 from hfdtl_bayes.transfer.verdict import Check, Outcome, Verdict, VerdictSettings, verdict
 
 __all__ = [
+    "CALIBRATION_ENGINES",
     "Check",
     "Conflict",
     "HeldOut",
     "Outcome",
     "RidgeRecipe",
+    "TargetStream",
     "Verdict",
     "VerdictSettings",
     "attainable_mape",
     "calibrate",
     "calibrate_ridge",
+    "calibrate_statistics",
     "evaluate",
     "fit_donors",
     "fit_ridge_donors",

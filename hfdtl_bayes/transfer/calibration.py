@@ -1,4 +1,4 @@
-"""Donors in, a target calibrated: statistics of validated traces, and the joint refit with the target's rows added."""
+"""Donors in, a target calibrated: statistics of validated traces, and donors' draws conditioned on, or refitted with, the target."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from hfdtl_bayes.statistics import (
     statistics_from_rows,
 )
 from hfdtl_bayes.traces import TraceStore, TraceTable, drop_warmup, time_blocks
+from hfdtl_bayes.transfer.conditioning import calibrate_statistics
 from hfdtl_bayes.transfer.evaluation import fitted_block_length
 
 _PACKAGE = str(Path(__file__).parents[1])
@@ -165,13 +166,16 @@ def calibrate(
     block_length: int | Literal["auto"] = DEFAULT_BLOCK_LENGTH,
     outlier_cutoff: float | None = None,
     settings: SamplerSettings | None = None,
-    engine: str = "exact",
+    engine: str = "auto",
     likelihood: str | None = None,
     rows_per_config: int = DEFAULT_ROWS_PER_CONFIG,
     seed: int = 0,
     show_progress: bool = True,
 ) -> LatencyPosterior:
-    """Calibrate a target: refit donors and target jointly on their statistics.
+    """Calibrate a target: the joint posterior of donors and target given the rows of both.
+
+    By default in milliseconds, by conditioning the donors' draws on the target's statistics; where that cannot be relied upon, donors and
+    target are refitted jointly, and `LatencyPosterior.convergence` says so and why.
 
     Parameters
     ----------
@@ -185,7 +189,12 @@ def calibrate(
         As in `fit_donors`.
     outlier_cutoff : float, optional
         As in `fit_donors`; the first donor's by default.
-    settings, engine, seed, show_progress
+    settings : SamplerSettings, optional
+        For a refit; conditioning yields draws of the donors' draws.
+    engine : {"auto", "conditional", "exact", "pymc", "rows"}
+        "conditional" never refits, "exact", "pymc" and "rows" always do; see `calibrate_statistics`. "auto" takes "rows" where the donors
+        were fitted so.
+    seed, show_progress
         As in `fit`.
     likelihood : str, optional
         As in `fit`; the donors' by default.
@@ -210,10 +219,12 @@ def calibrate(
         )
     require_enough_rows(rows, configuration, donors.feature_set)
     likelihood = donors.likelihood if likelihood is None else likelihood
+    if engine == "auto" and (donors.donor_rows or likelihood != "gaussian"):
+        engine = "rows"
     check_likelihood(likelihood, engine)
-    sampler: dict[str, Any] = {"engine": engine, "likelihood": likelihood, "seed": seed, "show_progress": show_progress}
-    sampler["target"] = configuration.config_id
     if engine == "rows":
+        sampler: dict[str, Any] = {"engine": engine, "likelihood": likelihood, "seed": seed, "show_progress": show_progress}
+        sampler["target"] = configuration.config_id
         if not donors.donor_rows:
             raise InputError(
                 f"the donors {', '.join(donors.donors)} were fitted from statistics and their rows are not kept; to calibrate with the "
@@ -226,7 +237,7 @@ def calibrate(
         return replace(fitted, calibration_rows=chosen.index)
     cutoff = donors.donor_statistics[0].scaling.cutoff if outlier_cutoff is None else outlier_cutoff
     own = statistics_from_rows(rows, configuration, donors.feature_set, block_length=block_length, outlier_cutoff=cutoff)
-    fitted = fit([*donors.donor_statistics, own], donors.feature_set, donors.priors, settings, **sampler)
+    fitted = calibrate_statistics(donors, own, engine=engine, settings=settings, seed=seed, show_progress=show_progress)
     return replace(fitted, calibration_rows=rows.index.to_numpy(dtype=np.int64))
 
 

@@ -240,9 +240,8 @@ def _decide(
     worst = held_out.by_regime["mape"].idxmax()
     kin = passed.get("kinship with the donors", True)
     if not passed["convergence"]:
-        return Outcome.SAMPLE_AGAIN, (
-            "Nothing may be concluded from these draws: calibrate again, for example with --draws 4000 --target-accept 0.99."
-        )
+        how = "--engine exact" if posterior.engine == "conditional" else "--draws 4000 --target-accept 0.99"
+        return Outcome.SAMPLE_AGAIN, f"Nothing may be concluded from these draws: calibrate again, for example with {how}."
     if passed["accuracy"] and passed["coverage"] and passed["reach of the calibration"] and passed.get("rmse", True):
         said = "The coefficients may be used for traffic like the held-out regimes."
         aside = " They differ from the donors', so these donors would predict this configuration badly without its own rows."
