@@ -11,7 +11,7 @@ from typer.core import TyperGroup
 
 from hfdtl_bayes.cli.export import export
 from hfdtl_bayes.cli.fit import calibrate, fit
-from hfdtl_bayes.cli.inspect import inspect
+from hfdtl_bayes.cli.inspection import inspect
 from hfdtl_bayes.cli.options import AsJson, Seed
 from hfdtl_bayes.cli.output import say, show
 from hfdtl_bayes.cli.predict import predict
