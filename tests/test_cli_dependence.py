@@ -15,7 +15,7 @@ from hfdtl_bayes import LatencyPosterior, TraceStore, usable_rows
 from hfdtl_bayes.cli import options
 from hfdtl_bayes.features import feature_set
 from hfdtl_bayes.sample import DONORS, TARGET
-from hfdtl_bayes.statistics import DEFAULT_BLOCK_LENGTH, DEFAULT_OUTLIER_CUTOFF, statistics_from_rows
+from hfdtl_bayes.statistics import DEFAULT_BLOCK_LENGTH, OUTLIER_CUTOFFS, statistics_from_rows
 
 
 def statistics_of(config_id: str, **settings: Any):
@@ -74,7 +74,7 @@ def default_fit() -> dict[str, Any]:
 
 def test_by_default_the_settings_are_those_of_the_package():
     assert int(options.BLOCK_LENGTH) == DEFAULT_BLOCK_LENGTH
-    assert options.OUTLIER_CUTOFF == DEFAULT_OUTLIER_CUTOFF
+    assert set(default_fit()["outlier_cutoff"].values()) == {OUTLIER_CUTOFFS["step_time"]} == {8.0}
     for config_id in DONORS:
         expected = statistics_of(config_id)
         assert default_fit()["downweighted"][config_id]["rows"] == expected.downweighted.rows

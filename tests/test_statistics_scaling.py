@@ -270,6 +270,24 @@ def test_responses_that_are_mostly_zero_do_not_make_the_others_outliers() -> Non
     assert row_sd > 0.1
 
 
+def test_by_default_gross_outliers_of_steps_count_for_less_and_long_delays_in_full() -> None:
+    """One compilation step left in by mistake would otherwise be most of the noise."""
+    frame = recording(18, 2000)
+    frame.loc[0, "step_time_s"] *= 37
+    noise = {}
+    for cutoff in (None, np.inf):
+        own = reduce(frame, outlier_cutoff=cutoff)
+        k, within = len(own.coef_names), own.strata[0]
+        noise[cutoff] = within.triangle[k, k] / np.sqrt(within.count - k)
+    assert noise[None] == pytest.approx(0.1, rel=0.1)
+    assert noise[np.inf] > 5 * noise[None]
+    for quantity, expected in (("step_time", 8.0), ("queue_delay", np.inf), ("api_delay", np.inf)):
+        observed, blocks = np.ones(40), np.arange(40) // BLOCK
+        features = feature_set("hfdtl", quantity)
+        design = np.ones((40, len(features.coef_names)))
+        assert fit_row_scaling(design, observed, blocks, features, ONE).cutoff == expected
+
+
 def test_rows_without_noise_have_no_outliers() -> None:
     frame = batches(np.random.default_rng(12), 200)
     frame = frame.assign(step_time_s=TINY.design(frame, ONE) @ TRUTH)

@@ -12,7 +12,6 @@ from hfdtl_bayes.cli.options import (
     BLOCK_LENGTH,
     CHAINS,
     DRAWS,
-    OUTLIER_CUTOFF,
     ROWS_PER_CONFIG,
     TARGET_ACCEPT,
     TUNE,
@@ -54,9 +53,12 @@ def fit(
     max_rows: Annotated[int | None, typer.Option("--max-rows", min=1, help="First rows of each donor to use.")] = None,
     block_length: BlockLength = BLOCK_LENGTH,
     outlier_cutoff: Annotated[
-        float,
-        typer.Option("--outlier-cutoff", help="Robust sds beyond which a row counts for less; inf: every row counts in full."),
-    ] = OUTLIER_CUTOFF,
+        float | None,
+        typer.Option(
+            "--outlier-cutoff",
+            help="Robust sds beyond which a row counts for less; inf: every row counts in full. By default 8 for steps, inf for delays.",
+        ),
+    ] = None,
     draws: Draws = DRAWS,
     tune: Tune = TUNE,
     chains: Chains = CHAINS,

@@ -68,7 +68,6 @@ TargetAccept = Annotated[
 DRAWS, TUNE, CHAINS, TARGET_ACCEPT = 500, 200, 8, 0.95
 ROWS_PER_CONFIG = 2000
 BLOCK_LENGTH = "20"
-OUTLIER_CUTOFF = float("inf")
 
 
 def block_length_of(text: str) -> int | Literal["auto"]:

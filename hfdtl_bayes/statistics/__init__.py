@@ -8,10 +8,11 @@ from hfdtl_bayes.statistics.dependence import (
     choose_block_length,
     residual_autocorrelation,
 )
+from hfdtl_bayes.statistics.distributed import statistics_on_dask
 from hfdtl_bayes.statistics.effective import EffectiveRows, effective_rows, outlier_sentence
 from hfdtl_bayes.statistics.files import input_hash, statistics_from_dataset, statistics_to_dataset
 from hfdtl_bayes.statistics.pilot import (
-    DEFAULT_OUTLIER_CUTOFF,
+    OUTLIER_CUTOFFS,
     config_to_constant,
     constant_s,
     fit_row_scaling,
@@ -36,8 +37,8 @@ from hfdtl_bayes.statistics.sufficient import (
 
 __all__ = [
     "DEFAULT_BLOCK_LENGTH",
-    "DEFAULT_OUTLIER_CUTOFF",
     "DEFAULT_ROWS_PER_CONFIG",
+    "OUTLIER_CUTOFFS",
     "Autocorrelation",
     "BlockFaults",
     "BlockLength",
@@ -66,5 +67,6 @@ __all__ = [
     "statistics_from_dataset",
     "statistics_from_parquet",
     "statistics_from_rows",
+    "statistics_on_dask",
     "statistics_to_dataset",
 ]

@@ -7,6 +7,9 @@ conditions on the scales and weights it gives. Only these depend on it: its coef
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
@@ -20,8 +23,11 @@ from hfdtl_bayes.statistics.scaling import RowScaling, block_medians, block_star
 
 FloatArray = NDArray[np.float64]
 
-DEFAULT_OUTLIER_CUTOFF = float("inf")
-"""Robust sds beyond which a row is down-weighted."""
+OUTLIER_CUTOFFS: Mapping[str, float] = {"step_time": 8.0, "queue_delay": math.inf, "api_delay": math.inf}
+"""Robust sds beyond which a row is down-weighted, by quantity. Steps: only gross outliers. On eleven recordings of a real engine a
+cutoff of 8 leaves out 0.03 % of the time (median; at most 0.6 %, of a mixture of experts), so means stay means; without one, a
+single unlabelled compilation step of 37 times the expected makes the noise of 3,400 rows five times as large. Long delays are the
+signal, not outliers: of api_delay a cutoff of 8 would leave out up to 14 % of the time."""
 
 STARTUP_RATIO = 3.0
 """Times the expected duration from which the first steps of a recording count as start-up: compilation costs ten times a step and more,
@@ -66,7 +72,7 @@ def fit_row_scaling(
     blocks: NDArray[np.int64],
     feature_set: FeatureSet,
     configuration: ServingConfiguration,
-    cutoff: float = DEFAULT_OUTLIER_CUTOFF,
+    cutoff: float | None = None,
 ) -> RowScaling:
     """Fit the scaling of a configuration's rows: the pilot and, with a cutoff, the robust sds that say what is an outlier.
 
@@ -86,8 +92,9 @@ def fit_row_scaling(
         Drift block of each row, equal values adjacent.
     feature_set : FeatureSet
     configuration : ServingConfiguration
-    cutoff : float
-        Robust sds beyond which a row is down-weighted; infinity for never, which is a plain weighted fit.
+    cutoff : float, optional
+        Robust sds beyond which a row is down-weighted; infinity for never, which is a plain weighted fit. That of
+        `OUTLIER_CUTOFFS` by default.
 
     Returns
     -------
@@ -98,6 +105,7 @@ def fit_row_scaling(
     StatisticsError
         If the cutoff is not a number above 1: rows within one sd are the bulk.
     """
+    cutoff = OUTLIER_CUTOFFS[feature_set.quantity] if cutoff is None else cutoff
     if not cutoff > 1:
         raise StatisticsError(f"the outlier cutoff must be above 1 robust sd, found {cutoff}; 5 is usual, inf turns it off")
     floor = feature_set.noise_floor(configuration)

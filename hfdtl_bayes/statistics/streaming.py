@@ -10,7 +10,7 @@ errors are relative to; statistics with the same scaling as `statistics_from_row
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
@@ -23,7 +23,7 @@ from hfdtl_bayes.configuration import ServingConfiguration
 from hfdtl_bayes.errors import InputError, StatisticsError
 from hfdtl_bayes.features import FeatureSet, response
 from hfdtl_bayes.statistics.dependence import DEFAULT_BLOCK_LENGTH, choose_block_length
-from hfdtl_bayes.statistics.pilot import DEFAULT_OUTLIER_CUTOFF, fit_row_scaling, startup_rows
+from hfdtl_bayes.statistics.pilot import fit_row_scaling, startup_rows
 from hfdtl_bayes.statistics.reduction import Partial, Reduction
 from hfdtl_bayes.statistics.scaling import RowScaling
 from hfdtl_bayes.statistics.sufficient import ConfigStatistics
@@ -68,7 +68,7 @@ def statistics_from_parquet(
     feature_set: FeatureSet,
     *,
     block_length: int | Literal["auto"] = DEFAULT_BLOCK_LENGTH,
-    outlier_cutoff: float = DEFAULT_OUTLIER_CUTOFF,
+    outlier_cutoff: float | None = None,
     scaling: RowScaling | None = None,
     pilot_rows: int = PILOT_ROWS,
     workers: int | None = None,
@@ -156,7 +156,7 @@ def prepare(
     configuration: ServingConfiguration,
     feature_set: FeatureSet,
     block_length: int | Literal["auto"],
-    outlier_cutoff: float,
+    outlier_cutoff: float | None,
     scaling: RowScaling | None,
     pilot_rows: int,
 ) -> tuple[Reduction, int, int]:
@@ -202,29 +202,25 @@ def prepare(
         block_length = choose_block_length(residuals, frame).length
         blocks = time_blocks(frame, block_length)
         scaling = fit_row_scaling(design, observed, blocks, feature_set, configuration, outlier_cutoff)
-    start = slice(0, len(stretches[0]))
+    start = slice(0, len(frame) if parts.rows <= pilot_rows else len(stretches[0]))
     startup = startup_rows(scaling, design[start], observed[start])
     return Reduction(configuration, feature_set, block_length, scaling), len(frame), startup
 
 
-def _sample(parts: Parts, rows: int) -> Iterable[pd.DataFrame]:
-    """Yield stretches of consecutive rows from evenly spread places, in order."""
-    if parts.rows <= rows:
-        places = {i: [0] for i in range(len(parts.slices))}
-        length = parts.rows
-    else:
-        wanted = min(_STRETCHES, max(len(parts.slices), 4))
-        length = max(rows // wanted, 1)
-        chosen = np.unique(np.linspace(0, len(parts.slices) - 1, wanted).round().astype(int))
-        each = -(-wanted // len(chosen))
-        places = {i: [k * parts.slices[i].rows // each for k in range(each)] for i in map(int, chosen)}
-    for i, starts in places.items():
-        at, waiting = 0, list(starts)
-        for batch in read_batches(parts.slices[i], list(parts.columns), min(length, parts.slices[i].rows)):
-            if waiting and at + batch.num_rows > waiting[0]:
-                waiting.pop(0)
+def _sample(parts: Parts, rows: int) -> Iterator[pd.DataFrame]:
+    """Yield all rows of a small table, or stretches of consecutive rows from evenly spread places, in order."""
+    every = parts.rows <= rows
+    wanted = min(_STRETCHES, max(len(parts.slices), 4))
+    chosen = range(len(parts.slices)) if every else np.unique(np.linspace(0, len(parts.slices) - 1, wanted).round().astype(int))
+    each = -(-wanted // len(chosen))
+    length = max(rows // (each * len(chosen)), 1)
+    for own in (parts.slices[i] for i in chosen):
+        at, places = 0, [k * own.rows // each for k in range(each)]
+        for batch in read_batches(own, list(parts.columns), length):
+            if every or at + batch.num_rows > places[0]:
                 frame = batch.to_pandas(ignore_metadata=True)
                 yield frame.assign(**{c: np.nan for c in parts.columns if c not in frame.columns})
+                places = places if every else places[1:]
             at += batch.num_rows
-            if not waiting and parts.rows > rows:
+            if not places:
                 break

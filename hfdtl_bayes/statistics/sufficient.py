@@ -22,7 +22,6 @@ from hfdtl_bayes.errors import StatisticsError
 from hfdtl_bayes.features import FeatureSet, response
 from hfdtl_bayes.statistics.dependence import DEFAULT_BLOCK_LENGTH, choose_block_length
 from hfdtl_bayes.statistics.pilot import (
-    DEFAULT_OUTLIER_CUTOFF,
     config_to_constant,
     constant_s,
     fit_row_scaling,
@@ -256,7 +255,7 @@ def statistics_from_rows(
     feature_set: FeatureSet,
     *,
     block_length: int | Literal["auto"] = DEFAULT_BLOCK_LENGTH,
-    outlier_cutoff: float = DEFAULT_OUTLIER_CUTOFF,
+    outlier_cutoff: float | None = None,
     scaling: RowScaling | None = None,
     pilot: Sequence[float] | FloatArray | None = None,
 ) -> ConfigStatistics:
@@ -270,8 +269,9 @@ def statistics_from_rows(
     feature_set : FeatureSet
     block_length : int or "auto"
         Steps per drift block; "auto" chooses from the autocorrelation of these rows' residuals, see `choose_block_length`.
-    outlier_cutoff : float
-        Robust sds beyond which a row is down-weighted, infinity for never; of no effect with `scaling` or `pilot`.
+    outlier_cutoff : float, optional
+        Robust sds beyond which a row is down-weighted, infinity for never; that of `OUTLIER_CUTOFFS` by default. Of no effect with
+        `scaling` or `pilot`.
     scaling : RowScaling, optional
         That of an earlier batch of the same configuration, so that the two can be merged; fitted from these rows by default.
     pilot : array, shape (K,), optional

@@ -18,7 +18,6 @@ from hfdtl_bayes.model import LatencyPosterior, PriorSettings, SamplerSettings, 
 from hfdtl_bayes.model.likelihoods import check_likelihood
 from hfdtl_bayes.statistics import (
     DEFAULT_BLOCK_LENGTH,
-    DEFAULT_OUTLIER_CUTOFF,
     DEFAULT_ROWS_PER_CONFIG,
     scaled_rows,
     statistics_from_rows,
@@ -81,7 +80,7 @@ def fit_donors(
     *,
     max_rows: int | None = None,
     block_length: int | Literal["auto"] = DEFAULT_BLOCK_LENGTH,
-    outlier_cutoff: float = DEFAULT_OUTLIER_CUTOFF,
+    outlier_cutoff: float | None = None,
     priors: PriorSettings | None = None,
     settings: SamplerSettings | None = None,
     engine: str = "exact",
@@ -104,8 +103,9 @@ def fit_donors(
         Rows of each donor to use, the first in time; all by default.
     block_length : int or "auto"
         Steps per drift block; "auto" chooses for each donor.
-    outlier_cutoff : float
-        Robust sds beyond which a row is down-weighted, infinity for never.
+    outlier_cutoff : float, optional
+        Robust sds beyond which a row is down-weighted, infinity for never; by default 8 for steps and infinity for delays, see
+        `OUTLIER_CUTOFFS`.
     priors, settings, engine, likelihood, seed, show_progress
         As in `fit`.
     rows_per_config : int
