@@ -97,9 +97,9 @@ class Sensitivity:
             row = float(np.median(part["width_row_ratio"] - 1))
             verb = _FACTOR_SAID.get(float(factor), f"{float(factor):g} times")
             said.append(
-                f"{verb} {_SAID[str(scale)]} {_changes(float(np.median(width)))} the {kind} of the expected time of {self.config_id} "
-                f"({_signed(width.min())} to {_signed(width.max())} over {len(part)} batches), {_changes(row)} those of a new "
-                f"observation and moves the means by at most {mean:.1%}"
+                f"{verb} {_SAID[str(scale)]}: the {kind} of the expected time of {self.config_id} {_changes(float(np.median(width)))} "
+                f"({_signed(width.min())} to {_signed(width.max())} over {len(part)} batches), those of a new observation "
+                f"{_changes(row)}, the means move by at most {100 * mean:.1f} %"
             )
         if said:
             said.append(f"differences of up to {self.noise:.0%} between two widths may be Monte Carlo error")
@@ -109,13 +109,13 @@ class Sensitivity:
 
 
 def _signed(change: float) -> str:
-    return f"{100 * change:+.0f} %"
+    return f"{round(100 * change):+d} %"
 
 
 def _changes(change: float) -> str:
     if abs(change) < 0.005:
-        return "leaves as they are"
-    return f"{'widens' if change > 0 else 'narrows'} by {100 * abs(change):.0f} %"
+        return "stay as they are"
+    return f"{'widen' if change > 0 else 'narrow'} by {100 * abs(change):.0f} %"
 
 
 def scaled_priors(priors: PriorSettings, scale: str, factor: float) -> PriorSettings:
