@@ -3,7 +3,7 @@
     python benchmarks/interval_coverage.py ../shared/data/vllm_cpu [--variants drift no-drift ...] [--split blocks] [--jobs 2]
         [--targets N] [--out FILE.csv]
 
-Variants: `drift` (the default model), `no-drift` (errors independent), `cutoff-C` (rows beyond C robust sds down-weighted), `block-N`
+Variants: `drift` (the default model), `no-drift` (errors independent), `cutoff-C` (rows beyond C robust sds down-weighted, inf for none), `block-N`
 and `block-auto` (steps per drift block). Split `blocks` holds out the last 30 % of the time blocks of every regime, `regimes` the later
 half of the regimes. Prints, per store and variant, averages over targets in per cent: coverage of 95 % intervals of held-out
 rows, of means of blocks of 20 steps and of means of whole regimes; MAPE; bias of the mean; bias over targets in absolute value; share of
@@ -34,7 +34,7 @@ from hfdtl_bayes.transfer import calibrate, evaluate, fit_donors
 
 DONORS = {"vllm_cpu": sample.DONORS, "gpu_steps": gpu_accuracy.DONORS}
 SETTINGS = SamplerSettings(draws=400, tune=250, chains=2)
-VARIANTS = ("drift", "no-drift", "cutoff-3", "cutoff-4", "cutoff-5", "cutoff-8", "block-10", "block-40", "block-auto")
+VARIANTS = ("drift", "no-drift", "cutoff-inf", "cutoff-3", "cutoff-5", "cutoff-8", "block-10", "block-40", "block-auto")
 
 
 def options(variant: str) -> dict[str, object]:

@@ -112,11 +112,15 @@ class RowScaling:
         weight : ndarray, shape (n,)
             1, or less where a row is down-weighted.
         """
-        mean = self.mean_s(design)
+        fitted = design @ self.pilot
+        mean = np.maximum(fitted, self.floor_s)
         if not np.isfinite(self.cutoff):
             return mean, np.ones(len(mean))
-        weight = self.weights((observed - design @ self.pilot) / mean, blocks)
-        return mean / np.sqrt(weight), weight
+        weight = self.weights((observed - fitted) / mean, blocks)
+        low = weight < 1
+        if low.any():
+            mean[low] /= np.sqrt(weight[low])
+        return mean, weight
 
 
 def row_scale(design: FloatArray, coefficients: FloatArray, floor_s: float) -> FloatArray:
