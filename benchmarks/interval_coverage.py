@@ -3,13 +3,13 @@
     python benchmarks/interval_coverage.py ../shared/data/vllm_cpu [--variants drift no-drift ...] [--split blocks] [--jobs 2]
         [--targets N] [--out FILE.csv]
 
-Variants: `drift` (the default model), `no-drift` (errors independent), `cutoff-C` (rows beyond C robust sds down-weighted, inf for none), `block-N`
-and `block-auto` (steps per drift block). Split `blocks` holds out the last 30 % of the time blocks of every regime, `regimes` the later
-half of the regimes. Prints, per store and variant, averages over targets in per cent: coverage of 95 % intervals of held-out
-rows, of means of blocks of 20 steps and of means of whole regimes; MAPE; bias of the mean; bias over targets in absolute value; share of
-rows and of time down-weighted. And, from two fits to the first and the second half of every regime, by how many
-posterior sds the target's coefficients differ: |m1 - m2| / sqrt(v1 + v2), root mean square and largest. Were the
-error bars right this would be about 1, or less where the prior is shared.
+Variants: `drift` (the default model), `no-drift` (errors independent), `cutoff-C` (rows beyond C robust sds down-weighted, inf
+for none), `block-N` and `block-auto` (steps per drift block). Split `blocks` holds out the last 30 % of the time blocks of
+every regime, `regimes` the later half of the regimes. Prints, per store and variant, averages over targets in per cent:
+coverage of 95 % intervals of held-out rows, of means of blocks of 20 steps and of means of whole regimes; MAPE; bias of the
+mean; bias over targets in absolute value; share of rows and of time down-weighted. And, from two fits to the first and the
+second half of every regime, by how many posterior sds the target's coefficients differ: |m1 - m2| / sqrt(v1 + v2), root mean
+square and largest. Were the error bars right this would be about 1, or less where the prior is shared.
 """
 
 from __future__ import annotations
