@@ -19,6 +19,10 @@ class InputError(HfdtlError, ValueError):
     """A file, row, field or argument does not hold what is accepted there."""
 
 
+class UnreadablePartError(InputError):
+    """A file, or a part of a table in several files, is cut short or not a table; others beside it may be sound."""
+
+
 class MissingInputError(HfdtlError, FileNotFoundError):
     """A file or folder that was named does not exist."""
 

@@ -119,6 +119,10 @@ class Partial:
     last: Edge | None = None
     last_id: int | None = None
 
+    def reduced(self) -> Partial:
+        """Return the same with one factor per multiplier, which is small to keep and to send."""
+        return replace(self, sums=self.sums.reduced())
+
 
 @dataclass(frozen=True)
 class Reduction:
@@ -148,7 +152,7 @@ class Reduction:
         found = Partial(StepReport(parts.source))
         for batch in step_batches(own, parts.columns, self.configuration, self.feature_set.columns, parts.source, after):
             found = self.join(found, self.batch(batch))
-        return replace(found, sums=found.sums.reduced() if found.sums.factors else found.sums)
+        return replace(found.reduced(), last_id=after if found.last_id is None else found.last_id)
 
     def batch(self, batch: StepBatch) -> Partial:
         """Reduce accepted steps; warm-up and what the features do not describe is left out."""

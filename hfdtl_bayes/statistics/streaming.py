@@ -20,7 +20,7 @@ import pandas as pd
 from threadpoolctl import threadpool_limits
 
 from hfdtl_bayes.configuration import ServingConfiguration
-from hfdtl_bayes.errors import InputError, StatisticsError
+from hfdtl_bayes.errors import InputError, StatisticsError, UnreadablePartError
 from hfdtl_bayes.features import FeatureSet, response
 from hfdtl_bayes.statistics.dependence import DEFAULT_BLOCK_LENGTH, choose_block_length
 from hfdtl_bayes.statistics.pilot import fit_row_scaling, startup_rows
@@ -159,6 +159,8 @@ def prepare(
     outlier_cutoff: float | None,
     scaling: RowScaling | None,
     pilot_rows: int,
+    *,
+    keep_going: bool = False,
 ) -> tuple[Reduction, int, int]:
     """Fix how the rows of a table are reduced: judge its units and fit the scaling on a sample of it, unless it is given.
 
@@ -172,7 +174,9 @@ def prepare(
     """
     if block_length != "auto" and block_length < 1:
         raise InputError(f"block_length must be at least 1 row, found {block_length}")
-    stretches = list(_sample(parts, pilot_rows))
+    stretches = list(_sample(parts, pilot_rows, keep_going))
+    if not stretches:
+        raise UnreadablePartError(f"{parts.source}: none of the parts sampled can be read")
     # Refuses wrong units, and columns that are missing.
     frame = validate_steps(pd.concat(stretches, ignore_index=True), configuration, parts.source).frame
     if scaling is not None:
@@ -207,7 +211,7 @@ def prepare(
     return Reduction(configuration, feature_set, block_length, scaling), len(frame), startup
 
 
-def _sample(parts: Parts, rows: int) -> Iterator[pd.DataFrame]:
+def _sample(parts: Parts, rows: int, keep_going: bool) -> Iterator[pd.DataFrame]:
     """Yield all rows of a small table, or stretches of consecutive rows from evenly spread places, in order."""
     every = parts.rows <= rows
     wanted = min(_STRETCHES, max(len(parts.slices), 4))
@@ -216,11 +220,15 @@ def _sample(parts: Parts, rows: int) -> Iterator[pd.DataFrame]:
     length = max(rows // (each * len(chosen)), 1)
     for own in (parts.slices[i] for i in chosen):
         at, places = 0, [k * own.rows // each for k in range(each)]
-        for batch in read_batches(own, list(parts.columns), length):
-            if every or at + batch.num_rows > places[0]:
-                frame = batch.to_pandas(ignore_metadata=True)
-                yield frame.assign(**{c: np.nan for c in parts.columns if c not in frame.columns})
-                places = places if every else places[1:]
-            at += batch.num_rows
-            if not places:
-                break
+        try:
+            for batch in read_batches(own, list(parts.columns), length):
+                if every or at + batch.num_rows > places[0]:
+                    frame = batch.to_pandas(ignore_metadata=True)
+                    yield frame.assign(**{c: np.nan for c in parts.columns if c not in frame.columns})
+                    places = places if every else places[1:]
+                at += batch.num_rows
+                if not places:
+                    break
+        except UnreadablePartError:
+            if not keep_going:
+                raise

@@ -16,7 +16,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from hfdtl_bayes.errors import InputError, MissingInputError
+from hfdtl_bayes.errors import InputError, MissingInputError, UnreadablePartError
 
 SLICE_ROWS = 2**19
 """Rows from which a slice is long enough: a second or less of work, so that workers finish together."""
@@ -71,10 +71,10 @@ class Parts:
     unreadable: tuple[tuple[Path, str], ...] = ()
 
 
-def unreadable(path: Path, error: Exception) -> InputError:
+def unreadable(path: Path, error: Exception) -> UnreadablePartError:
     """Return the error of a file that is not a table, or no longer one."""
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return InputError(
+    return UnreadablePartError(
         f"{path} cannot be read as a table: {reason}. A recording that was cut short must be recorded or copied again"
     )
 
@@ -84,10 +84,10 @@ def refuse_empty(path: Path) -> None:
 
     Raises
     ------
-    InputError
+    UnreadablePartError
     """
     if path.is_file() and path.stat().st_size == 0:
-        raise InputError(f"{path} is empty (0 bytes); record it again")
+        raise UnreadablePartError(f"{path} is empty (0 bytes); record it again")
 
 
 def part_files(folder: Path) -> list[Path]:
@@ -191,7 +191,9 @@ def open_parts(path: str | os.PathLike[str], columns: Collection[str], *, keep_g
             slices.append(found)
             at += found.rows
     if skipped and not keep_going:
-        raise InputError(skipped[0][1] if len(skipped) == 1 else f"{skipped[0][1]}; {len(skipped) - 1} more part(s) like it")
+        raise UnreadablePartError(
+            skipped[0][1] if len(skipped) == 1 else f"{skipped[0][1]}; {len(skipped) - 1} more part(s) like it"
+        )
     if not at:
         left = f"; {len(skipped)} part(s) cannot be read, for example {skipped[0][1]}" if skipped else ""
         raise InputError(f"{path}: no rows; a trace needs at least one engine step{left}")
@@ -224,7 +226,7 @@ def read_batches(own: Slice, columns: Collection[str], batch_rows: int = BATCH_R
 
     Raises
     ------
-    InputError
+    UnreadablePartError
         If the part cannot be read.
     """
     try:
