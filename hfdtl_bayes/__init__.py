@@ -15,7 +15,15 @@ if TYPE_CHECKING:
     from hfdtl_bayes.errors import HfdtlError, RejectedRowsWarning
     from hfdtl_bayes.export import blis_flags, blis_vectors, blis_yaml
     from hfdtl_bayes.features import Feature, FeatureSet, feature_set, operating_points, register_feature_set
-    from hfdtl_bayes.model import LatencyPosterior, PriorSettings, SamplerSettings, fit
+    from hfdtl_bayes.model import (
+        LatencyPosterior,
+        PriorSettings,
+        SamplerSettings,
+        fit,
+        prior_predictive,
+        read_priors,
+        sensitivity,
+    )
     from hfdtl_bayes.sample import sample_store_path
     from hfdtl_bayes.statistics import statistics_from_rows
     from hfdtl_bayes.traces import TraceStore, read_requests, read_steps, write_store
@@ -47,12 +55,15 @@ _HOME = {
     "gpu": "configuration",
     "held_out_rows": "transfer",
     "operating_points": "features",
+    "prior_predictive": "model",
     "read_configuration": "configuration",
+    "read_priors": "model",
     "read_requests": "traces",
     "read_steps": "traces",
     "register_feature_set": "features",
     "run_demo": "cli.demo",
     "sample_store_path": "sample",
+    "sensitivity": "model",
     "statistics_from_rows": "statistics",
     "usable_rows": "transfer",
     "verdict": "transfer",
@@ -83,12 +94,15 @@ __all__ = [
     "gpu",
     "held_out_rows",
     "operating_points",
+    "prior_predictive",
     "read_configuration",
+    "read_priors",
     "read_requests",
     "read_steps",
     "register_feature_set",
     "run_demo",
     "sample_store_path",
+    "sensitivity",
     "statistics_from_rows",
     "usable_rows",
     "verdict",

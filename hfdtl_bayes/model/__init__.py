@@ -11,9 +11,13 @@ from hfdtl_bayes.model.diagnostics import Convergence, ConvergenceSettings, conv
 from hfdtl_bayes.model.draws import Draws
 from hfdtl_bayes.model.exact import ExactDensity
 from hfdtl_bayes.model.exact_engine import sample_exact
+from hfdtl_bayes.model.identifiability import configuration_moments, directions, population_moments
 from hfdtl_bayes.model.nuts import SamplerSettings
 from hfdtl_bayes.model.posterior import ENGINES, LatencyPosterior, fit
+from hfdtl_bayes.model.prior_files import read_priors
+from hfdtl_bayes.model.prior_predictive import prior_predictive
 from hfdtl_bayes.model.priors import PositiveRange, PriorSettings
+from hfdtl_bayes.model.sensitivity import sensitivity
 
 if TYPE_CHECKING:
     from hfdtl_bayes.model.pymc_engine import sample_pymc
@@ -33,11 +37,17 @@ __all__ = [
     "SamplerSettings",
     "build_model",
     "build_rows_model",
+    "configuration_moments",
     "convergence",
+    "directions",
     "fit",
+    "population_moments",
+    "prior_predictive",
+    "read_priors",
     "sample_exact",
     "sample_pymc",
     "sample_rows",
+    "sensitivity",
 ]
 
 
