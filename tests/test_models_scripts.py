@@ -71,3 +71,14 @@ def test_queue_delay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     waiting = LatencyPosterior.load(tmp_path / "queue_delay.nc")
     depth = waiting.coefficient_table().query("config == @TARGET and feature == 'queue_depth'")
     assert (depth["q2.5"] > 0).all()
+
+
+def test_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    said = tell(monkeypatch, capsys, "stream.py", "--out", tmp_path, "--draws", 50, "--chunk", 200, "--every", 3)
+    saved = LatencyPosterior.load(tmp_path / "posterior.nc")
+    assert saved.target == TARGET
+    own = saved.statistics[-1]
+    assert own.rows == len(saved.calibration_rows)
+    assert "zero-shot, the slowest step of the recording:" in said
+    assert f"{own.rows:5d} steps, " in said
+    assert "without " in said
