@@ -1,4 +1,4 @@
-"""Is the Gaussian default justified? Row-level likelihoods on real traces, by left-out blocks, held-out accuracy and coefficients.
+"""Whether the Gaussian default is justified: row-level likelihoods on real traces, by left-out blocks, held-out accuracy and coefficients.
 
     python benchmarks/likelihoods.py ../shared/data/vllm_cpu ../shared/data/gpu_steps [--rows 800] [--draws 500] [--out FILE.csv]
 

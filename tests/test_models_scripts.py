@@ -73,6 +73,25 @@ def test_queue_delay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert (depth["q2.5"] > 0).all()
 
 
+@pytest.mark.slow
+def test_likelihoods(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    words = ("--donors", DONORS[0], "--rows", 300, "--likelihoods", "gaussian,student_t", "--out", tmp_path, "--draws", 200)
+    said = tell(monkeypatch, capsys, "likelihoods.py", *words)
+    table = pd.read_csv(tmp_path / "likelihoods.csv", index_col="likelihood")
+    assert set(table.index) == {"gaussian", "student_t"}
+    best = table["elpd"].idxmax()
+    assert table.loc[best, "behind"] == 0
+    saved = LatencyPosterior.load(tmp_path / "posterior.nc")
+    assert saved.likelihood == best
+    # Steps on a shared CPU have heavy tails.
+    assert best == "student_t"
+    lost = table.loc["gaussian", "behind"]
+    assert f"The Gaussian is {lost:.0f} nats behind student_t" in said
+    (seen,) = saved.rows
+    assert str(seen) in said
+    assert len(seen.observed) <= 300 < seen.available_rows
+
+
 def test_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     said = tell(monkeypatch, capsys, "stream.py", "--out", tmp_path, "--draws", 50, "--chunk", 200, "--every", 3)
     saved = LatencyPosterior.load(tmp_path / "posterior.nc")

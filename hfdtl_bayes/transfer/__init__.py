@@ -10,7 +10,19 @@ from hfdtl_bayes.transfer.baselines import (
 from hfdtl_bayes.transfer.calibration import calibrate, fit_donors, held_out_rows, read_trace, select_rows, usable_rows
 from hfdtl_bayes.transfer.conditioning import CALIBRATION_ENGINES, calibrate_statistics
 from hfdtl_bayes.transfer.conflict import Conflict, population_conflict
+from hfdtl_bayes.transfer.crps import crps, crps_of_draws, crps_of_normals
 from hfdtl_bayes.transfer.evaluation import HeldOut, attainable_mape, evaluate
+from hfdtl_bayes.transfer.scores import (
+    block_log_density,
+    compare_fits,
+    compare_likelihoods,
+    leave_one_configuration_out,
+    left_out_score,
+    loo_blocks,
+    loo_rows,
+    marginal_log_density,
+    row_log_density,
+)
 from hfdtl_bayes.transfer.streaming import TargetStream
 from hfdtl_bayes.transfer.verdict import Check, Outcome, Verdict, VerdictSettings, verdict
 
@@ -25,16 +37,28 @@ __all__ = [
     "Verdict",
     "VerdictSettings",
     "attainable_mape",
+    "block_log_density",
     "calibrate",
     "calibrate_ridge",
     "calibrate_statistics",
+    "compare_fits",
+    "compare_likelihoods",
+    "crps",
+    "crps_of_draws",
+    "crps_of_normals",
     "evaluate",
     "fit_donors",
     "fit_ridge_donors",
     "held_out_rows",
+    "leave_one_configuration_out",
+    "left_out_score",
+    "loo_blocks",
+    "loo_rows",
+    "marginal_log_density",
     "population_conflict",
     "read_trace",
     "ridge_cv",
+    "row_log_density",
     "scratch_coefficients",
     "select_rows",
     "usable_rows",
