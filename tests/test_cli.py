@@ -25,6 +25,7 @@ from hfdtl_bayes.cli.verdict import verdict as verdict_command
 from hfdtl_bayes.features import response
 from hfdtl_bayes.model import LatencyPosterior, SamplerSettings
 from hfdtl_bayes.sample import DONORS, TARGET
+from hfdtl_bayes.statistics import DEFAULT_ROWS_PER_CONFIG
 from hfdtl_bayes.traces import TraceStore, drop_warmup
 from hfdtl_bayes.transfer import VerdictSettings, select_rows
 
@@ -277,7 +278,8 @@ def test_help_states_the_defaults_of_the_thresholds():
         assert hints[field.name].__metadata__[0].help.endswith(f"[{default}]."), field.name
 
 
-def test_sampler_defaults_are_those_of_the_package():
+def test_defaults_of_sampler_and_rows_are_those_of_the_package():
+    assert options.ROWS_PER_CONFIG == DEFAULT_ROWS_PER_CONFIG
     settings = SamplerSettings()
     stated = (options.DRAWS, options.TUNE, options.CHAINS, options.TARGET_ACCEPT)
     assert (settings.draws, settings.tune, settings.chains, settings.target_accept) == stated
