@@ -25,7 +25,7 @@ FloatArray = NDArray[np.float64]
 
 OUTLIER_CUTOFFS: Mapping[str, float] = {"step_time": 8.0, "queue_delay": math.inf, "api_delay": math.inf}
 """Robust sds beyond which a row is down-weighted, by quantity. Steps: only gross outliers. On eleven recordings of a real engine a
-cutoff of 8 leaves out 0.03 % of the time (median; at most 0.6 %, of a mixture of experts), so means stay means; without one, a
+cutoff of 8 leaves out 0.01 % of the time (median; at most 0.6 %, of a mixture of experts), so means stay means; without one, a
 single unlabelled compilation step of 37 times the expected makes the noise of 3,400 rows five times as large. Long delays are the
 signal, not outliers: of api_delay a cutoff of 8 would leave out up to 14 % of the time."""
 
