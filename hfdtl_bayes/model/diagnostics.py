@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 
-import arviz as az
+import arviz_stats
 import numpy as np
 import xarray as xr
 
@@ -123,9 +123,9 @@ def convergence(tree: xr.DataTree, settings: ConvergenceSettings | None = None) 
         return float(values.max() if largest else values.min())
 
     with np.errstate(invalid="ignore", divide="ignore"):
-        rhat = worst(az.rhat(posterior), True)
-        bulk = worst(az.ess(posterior, method="bulk"), False)
-        tail = worst(az.ess(posterior, method="tail"), False)
+        rhat = worst(arviz_stats.rhat(posterior), True)
+        bulk = worst(arviz_stats.ess(posterior, method="bulk"), False)
+        tail = worst(arviz_stats.ess(posterior, method="tail"), False)
     diverging = tree["sample_stats"]["diverging"]
     divergences, draws = int(diverging.sum()), int(diverging.size)
     effective = bulk >= settings.min_ess and tail >= settings.min_ess
