@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -12,7 +13,7 @@ from scipy.stats import kstest
 from hfdtl_bayes.configuration import ServingConfiguration
 from hfdtl_bayes.errors import InputError, UnknownNameError
 from hfdtl_bayes.features import feature_set
-from hfdtl_bayes.model import LatencyPosterior, PriorSettings
+from hfdtl_bayes.model import LatencyPosterior, PriorSettings, SamplerSettings
 from hfdtl_bayes.sample import DONORS, TARGET, sample_store_path
 from hfdtl_bayes.statistics import statistics_from_rows
 from hfdtl_bayes.traces import TraceStore, drop_warmup, time_blocks
@@ -292,3 +293,46 @@ def test_queue_delay_is_modelled_on_requests_that_find_no_slot(store: TraceStore
     assert (predicted["mean_s"][told] > 0).all()
     found = evaluate(posterior, fitted, configuration)
     assert found.coverage > 0.9, str(found)
+
+
+# --- conditioning and refitting ----------------------------------------------------------------------------------------------
+
+
+def test_a_target_unlike_the_donors_is_refitted_and_says_so(
+    donors: LatencyPosterior, target: LatencyPosterior, low: pd.DataFrame, configuration: ServingConfiguration, tmp_path: Path
+) -> None:
+    """The demo's target lies nearly three sds from its donors: too few of their draws would be left."""
+    forced = calibrate(donors, low, configuration, engine="conditional", seed=1)
+    found = forced.convergence()
+    assert forced.engine == "conditional"
+    assert found.reweighting is not None
+    assert not found.passed
+    assert target.engine == "exact"
+    assert "refitted jointly with the donors, since" in str(target.convergence())
+    assert target.convergence().passed
+    refit = calibrate(donors, low, configuration, engine="exact", seed=1, show_progress=False)
+    np.testing.assert_array_equal(refit.draws_of("theta"), target.draws_of("theta"))
+    for one in (forced, target):
+        assert LatencyPosterior.load(one.save(tmp_path / "target.nc")).convergence() == one.convergence()
+
+
+def test_a_target_like_the_donors_is_conditioned(donors: LatencyPosterior, store: TraceStore) -> None:
+    """A donor's configuration and rows under another name: another member of the population."""
+    twin = store.configuration(DONORS[0]).model_copy(update={"config_id": "twin"})
+    rows = usable_rows(store.steps(DONORS[0]).frame, twin, donors.feature_set).iloc[:60]
+    found = calibrate(donors, rows, twin, seed=2)
+    assert found.engine == "conditional"
+    assert found.convergence().passed, str(found.convergence())
+    assert "the donors' draws reweighted" in str(found.convergence())
+    assert found.target == "twin"
+    # A posterior that holds a target already is no prior for another: refitted, and told why.
+    again = calibrate(found, rows, twin.model_copy(update={"config_id": "other"}), settings=SHORT, seed=2, show_progress=False)
+    assert again.config_ids == (*DONORS, "other")
+    assert "already know the rows of 'twin'" in again.convergence().note
+    with pytest.raises(InputError, match="cannot be conditioned on a target's rows"):
+        calibrate(found, rows, twin.model_copy(update={"config_id": "other"}), engine="conditional")
+    with pytest.raises(UnknownNameError, match="unknown engine 'stan'; known are auto, conditional, exact"):
+        calibrate(donors, rows, twin, engine="stan")
+
+
+SHORT = SamplerSettings(draws=50, tune=50, chains=2)
