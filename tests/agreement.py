@@ -282,8 +282,8 @@ class Sampled:
 
 USABLE = ConvergenceSettings(max_rhat=1.03, min_ess=200, max_divergent_share=0.01)
 """Enough draws for standard errors to mean something, and no sign of a part not explored."""
-EXACT = SamplerSettings(draws=200, tune=100, chains=8)
-NUTS = SamplerSettings(draws=500, tune=250, chains=2)
+EXACT = SamplerSettings(draws=200, tune=100, chains=8, target_accept=0.95)
+NUTS = SamplerSettings(draws=500, tune=250, chains=2, target_accept=0.95)
 
 
 def longer(settings: SamplerSettings) -> SamplerSettings:
