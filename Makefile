@@ -13,7 +13,7 @@ help:
 	@echo 'make test-slow  the slow tests: simulation-based calibration of the sampled model, full data sets'
 	@echo 'make lint       ruff: rules and formatting'
 	@echo 'make typecheck  mypy, strict'
-	@echo 'make bench      accuracy and coverage on the recordings in $(SHARED)'
+	@echo 'make bench      accuracy, coverage and speed beside other packages, on the recordings in $(SHARED)'
 
 $(VENV)/.python:
 	@test -n '$(PYTHON)' || { echo 'hfdtl_bayes needs Python 3.12 or newer; tried python3.13, python3.12 and python3 (found:' \
@@ -57,6 +57,7 @@ typecheck: $(VENV)/.installed-lint
 bench: $(VENV)/.installed-bench
 	$(BIN)/python benchmarks/gpu_accuracy.py $(SHARED)/gpu_steps
 	$(BIN)/python benchmarks/interval_coverage.py $(SHARED)/vllm_cpu $(SHARED)/gpu_steps
+	$(BIN)/python benchmarks/inference.py $(SHARED)/gpu_steps --rows-per-donor 2000 --draws-factor 0.5 --limit 600
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache
