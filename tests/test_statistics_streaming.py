@@ -158,15 +158,19 @@ def test_the_pilot_of_a_small_table_is_that_of_its_rows(tmp_path: Path) -> None:
 
 
 def test_the_pilot_of_a_large_table_is_fitted_on_rows_from_all_over(tmp_path: Path) -> None:
-    """Two regimes with unlike steps: a pilot of the first rows alone would know one of them only."""
+    """Prefill comes late, and dear: a pilot of the first rows alone would not know what it costs."""
     frame = recording(3, 60_000)
-    frame.loc[30_000:, "prefill_tokens"] = 0
-    frame["step_time_s"] = np.where(frame.index < 30_000, frame["step_time_s"], 0.05 + 1e-3 * frame["decode_tokens"])
+    late = frame.index >= 30_000
+    frame["prefill_tokens"] = np.where(late, frame["prefill_tokens"], 0)
+    frame["prefill_requests"] = (frame["prefill_tokens"] > 0).astype(int)
+    mean = 6e-5 * frame["prefill_tokens"] + 1e-4 * frame["decode_tokens"] + 7e-3
+    frame["step_time_s"] = mean * (1 + 0.05 * np.random.default_rng(3).standard_normal(60_000))
     path = write(tmp_path, frame, [20_000, 40_000], group=5000)
     found = statistics_from_parquet(path, ONE, TINY, pilot_rows=4000)
     assert 2000 <= found.pilot_rows <= 4000
-    whole = statistics_from_rows(frame, ONE, TINY)
-    np.testing.assert_allclose(found.statistics.scaling.pilot, whole.scaling.pilot, rtol=0.05)
+    np.testing.assert_allclose(found.statistics.scaling.pilot * TINY.references, [6e-5, 1e-4, 7e-3], rtol=0.03)
+    first = statistics_from_rows(frame[~late], ONE, TINY).scaling.pilot
+    assert first[0] * TINY.references[0] < 4e-5
 
 
 @pytest.mark.parametrize("factor", [2.0**-20, 8.0])
@@ -185,10 +189,12 @@ def test_a_unit_rescales_its_column_exactly(tmp_path: Path, factor: float) -> No
         )
 
 
-def test_real_rows_and_every_feature_set(tmp_path: Path) -> None:
+@pytest.mark.parametrize("cuts", [[], [100, 555]], ids=["one part", "three parts"])
+def test_real_rows_and_every_feature_set(tmp_path: Path, cuts: list[int]) -> None:
+    """Of a dense model: some columns are zero or a multiple of another, and all have their rows in the triangle."""
     configuration = TraceStore(sample_store_path()).configuration(TARGET)
     raw = pd.read_parquet(sample_store_path() / TARGET / "steps.parquet")
-    path = write(tmp_path, raw, [100, 555])
+    path = write(tmp_path, raw, cuts)
     table = validate_steps(raw, configuration)
     for name in ("roofline", "hfdtl", "hfdtl-interactions", "blis-physics", "blis-blackbox"):
         features = feature_set(name)

@@ -16,6 +16,7 @@ from hfdtl_bayes.cli.options import AsJson, Seed
 from hfdtl_bayes.cli.output import say, show
 from hfdtl_bayes.cli.predict import predict
 from hfdtl_bayes.cli.priors import priors
+from hfdtl_bayes.cli.reduction import merge, statistics
 from hfdtl_bayes.cli.sensitivity import sensitivity
 from hfdtl_bayes.cli.verdict import verdict
 from hfdtl_bayes.errors import HfdtlError, RejectedRowsWarning
@@ -101,3 +102,5 @@ app.command()(export)
 app.command()(inspect)
 app.command()(priors)
 app.command()(sensitivity)
+app.command()(statistics)
+app.command()(merge)

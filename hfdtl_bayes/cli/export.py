@@ -14,7 +14,7 @@ from hfdtl_bayes.cli.output import check_file, say, show, warn_unless_converged,
 if TYPE_CHECKING:
     from hfdtl_bayes.cli.traces import WatchedStore
     from hfdtl_bayes.configuration import ServingConfiguration
-    from hfdtl_bayes.traces import TraceTable
+    from hfdtl_bayes.traces import StepReport, TraceTable
 
 
 class Format(StrEnum):
@@ -56,7 +56,7 @@ def export(
     warn_unless_converged(posterior.convergence())
     chosen = configuration_of(posterior, config, configuration)
     watched = WatchedStore(store) if store is not None else None
-    tables: list[TraceTable] = watched.tables if watched is not None else []
+    tables: list[TraceTable | StepReport] = watched.tables if watched is not None else []
     frame = None
     if traffic is not None:
         table = read_steps(traffic, chosen, observed=False)

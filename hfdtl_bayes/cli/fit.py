@@ -21,10 +21,12 @@ from hfdtl_bayes.cli.options import (
     Chains,
     Draws,
     Engine,
+    EngineData,
     Likelihood,
     PosteriorFile,
     PriorsFile,
     RowsPerConfig,
+    Scheduler,
     Seed,
     Store,
     TargetAccept,
@@ -33,6 +35,7 @@ from hfdtl_bayes.cli.options import (
     names_in,
 )
 from hfdtl_bayes.cli.output import check_file, say, show, table_text, warn_unless_converged, writing
+from hfdtl_bayes.errors import InputError
 
 if TYPE_CHECKING:
     from hfdtl_bayes.cli.traces import WatchedStore
@@ -66,6 +69,8 @@ def fit(
     engine: Engine = "exact",
     likelihood: Likelihood = None,
     rows_per_config: RowsPerConfig = ROWS_PER_CONFIG,
+    engine_data: EngineData = "memory",
+    scheduler: Scheduler = None,
     seed: Seed = 0,
     as_json: AsJson = False,
 ) -> None:
@@ -94,6 +99,8 @@ def fit(
         engine=engine,
         likelihood=likelihood or "gaussian",
         rows_per_config=rows_per_config,
+        engine_data=engine_data,
+        scheduler=scheduler,
         seed=seed,
     )
     _finish(posterior, watched, out, "population", as_json=as_json)
@@ -123,6 +130,8 @@ def calibrate(
     engine: CalibrationEngine = "auto",
     likelihood: Likelihood = None,
     rows_per_config: RowsPerConfig = ROWS_PER_CONFIG,
+    engine_data: EngineData = "memory",
+    scheduler: Scheduler = None,
     seed: Seed = 0,
     as_json: AsJson = False,
 ) -> None:
@@ -130,13 +139,33 @@ def calibrate(
     from hfdtl_bayes.cli.traces import WatchedStore, calibration_rows  # noqa: PLC0415  (loaded on first use)
     from hfdtl_bayes.model import LatencyPosterior, SamplerSettings  # noqa: PLC0415
     from hfdtl_bayes.transfer import calibrate as calibrate_target  # noqa: PLC0415
-    from hfdtl_bayes.transfer import read_trace, usable_rows  # noqa: PLC0415
+    from hfdtl_bayes.transfer import calibrate_statistics, read_trace, usable_rows  # noqa: PLC0415
+    from hfdtl_bayes.transfer.sources import check_data_engine, streamed_statistics  # noqa: PLC0415
 
     check_file(out, (posterior_file, rows))
     steps_per_block = block_length_of(block_length)
     donors = LatencyPosterior.load(posterior_file)
     quantity = donors.feature_set.quantity
     watched = WatchedStore(store)
+    check_data_engine(engine_data, scheduler, engine, max_rows)
+    sampler = SamplerSettings(draws=draws, tune=tune, chains=chains, target_accept=target_accept)
+    if engine_data != "memory":
+        if rows is not None or regimes is not None:
+            raise InputError(f"--rows and --regimes choose single rows, of which --engine-data {engine_data} keeps none")
+        cutoff = donors.donor_statistics[0].scaling.cutoff if outlier_cutoff is None else outlier_cutoff
+        own = streamed_statistics(
+            watched,
+            config,
+            donors.feature_set,
+            engine_data=engine_data,
+            scheduler=scheduler,
+            block_length=steps_per_block,
+            outlier_cutoff=cutoff,
+        )
+        _finish(
+            calibrate_statistics(donors, own, engine=engine, settings=sampler, seed=seed), watched, out, config, as_json=as_json
+        )
+        return
     frame = usable_rows(read_trace(watched, config, quantity).frame, watched.configuration(config), donors.feature_set)
     chosen = calibration_rows(frame, quantity, regimes=names_in(regimes), selection=rows, max_rows=max_rows)
     posterior = calibrate_target(
@@ -145,7 +174,7 @@ def calibrate(
         watched.configuration(config),
         block_length=steps_per_block,
         outlier_cutoff=outlier_cutoff,
-        settings=SamplerSettings(draws=draws, tune=tune, chains=chains, target_accept=target_accept),
+        settings=sampler,
         engine=engine,
         likelihood=likelihood,
         rows_per_config=rows_per_config,

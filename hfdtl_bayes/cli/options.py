@@ -49,6 +49,14 @@ RowsPerConfig = Annotated[
         "--rows-per-config", min=1, help="With --engine rows: most rows of a configuration, in whole time blocks evenly spread."
     ),
 ]
+EngineData = Annotated[
+    str,
+    typer.Option(
+        "--engine-data",
+        help="How steps are read: memory (at once), arrow (Parquet of any size in one pass) or dask (the same on a cluster).",
+    ),
+]
+Scheduler = Annotated[str | None, typer.Option("--scheduler", help="With --engine-data dask: its address, as tcp://HOST:8786.")]
 BlockLength = Annotated[
     str,
     typer.Option(

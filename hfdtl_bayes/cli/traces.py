@@ -13,7 +13,7 @@ from hfdtl_bayes.cli.output import say
 from hfdtl_bayes.configuration import ServingConfiguration, read_configuration
 from hfdtl_bayes.errors import InputError
 from hfdtl_bayes.model import LatencyPosterior
-from hfdtl_bayes.traces import TraceStore, TraceTable, read_table, split_by_regime
+from hfdtl_bayes.traces import StepReport, TraceStore, TraceTable, read_table, split_by_regime
 from hfdtl_bayes.transfer import select_rows
 
 
@@ -22,7 +22,7 @@ class WatchedStore(TraceStore):
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
-        self.tables: list[TraceTable] = []
+        self.tables: list[TraceTable | StepReport] = []
 
     def steps(self, config_id: str) -> TraceTable:
         """Read, validate and keep the engine steps of one configuration."""
@@ -32,13 +32,18 @@ class WatchedStore(TraceStore):
         """Read, validate and keep the request journeys of one configuration."""
         return self._watched(super().requests(config_id))
 
+    def took(self, report: StepReport) -> None:
+        """Keep the report of steps that were read in parts."""
+        self.tables.append(report)
+        say(report.summary())
+
     def _watched(self, table: TraceTable) -> TraceTable:
         self.tables.append(table)
         say(table.summary())
         return table
 
 
-def write_rejected(tables: Sequence[TraceTable], beside: Path | None) -> dict[str, object]:
+def write_rejected(tables: Sequence[TraceTable | StepReport], beside: Path | None) -> dict[str, object]:
     """Write the rejected rows of each table beside a result; returns how many there were and where they are.
 
     Where there is no file to write them beside, says so.
@@ -56,7 +61,8 @@ def write_rejected(tables: Sequence[TraceTable], beside: Path | None) -> dict[st
         if file is not None:
             files.append(file)
             say(f"{len(table.rejected)} rejected row(s) of {table.source} written to {file}")
-    return {"rejected_rows": sum(len(t.rejected) for t in tables), "rejected_files": [str(f) for f in files]}
+    rejected = sum(t.rejected_rows if isinstance(t, StepReport) else len(t.rejected) for t in tables)
+    return {"rejected_rows": rejected, "rejected_files": [str(f) for f in files]}
 
 
 def configuration_of(posterior: LatencyPosterior, config_id: str | None, file: Path | None) -> ServingConfiguration:

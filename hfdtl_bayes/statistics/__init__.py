@@ -26,6 +26,7 @@ from hfdtl_bayes.statistics.scaled_rows import (
     scaled_rows,
 )
 from hfdtl_bayes.statistics.scaling import Downweighted, RowScaling, row_scale
+from hfdtl_bayes.statistics.stored import StoredStatistics, merge_statistics, read_statistics, write_statistics
 from hfdtl_bayes.statistics.streaming import StreamedStatistics, statistics_from_parquet
 from hfdtl_bayes.statistics.sufficient import (
     ConfigStatistics,
@@ -48,6 +49,7 @@ __all__ = [
     "PseudoRows",
     "RowScaling",
     "ScaledRows",
+    "StoredStatistics",
     "Stratum",
     "StreamedStatistics",
     "choose_block_length",
@@ -56,9 +58,11 @@ __all__ = [
     "effective_rows",
     "fit_row_scaling",
     "input_hash",
+    "merge_statistics",
     "outlier_sentence",
     "own_prior",
     "pseudo_rows",
+    "read_statistics",
     "residual_autocorrelation",
     "row_scale",
     "rows_from_dataset",
@@ -69,4 +73,5 @@ __all__ = [
     "statistics_from_rows",
     "statistics_on_dask",
     "statistics_to_dataset",
+    "write_statistics",
 ]

@@ -353,7 +353,9 @@ def _distinct_columns(design: FloatArray) -> tuple[list[FloatArray], FloatArray]
 
 
 def _stratum(multiplier: int, count: int, factors: Iterable[FloatArray]) -> Stratum:
-    triangle = triangle_of(np.vstack(list(factors)))
+    stacked = np.vstack(list(factors))
+    # Columns that depend on others may have been left out of every factor; row j is to belong to column j all the same.
+    triangle = triangle_of(np.vstack([stacked, np.zeros((stacked.shape[1], stacked.shape[1]))]))
     if count < triangle.shape[1]:
         # Fewer rows than columns: as many rows as there are, those of the independent columns first.
         kept = triangle[triangle.any(axis=1)][:count]

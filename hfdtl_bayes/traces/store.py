@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 
 from hfdtl_bayes.configuration import ServingConfiguration, read_configuration, write_configuration
 from hfdtl_bayes.errors import InputError, MissingInputError, UnknownNameError
+from hfdtl_bayes.traces.batches import StepReport
 from hfdtl_bayes.traces.parts import part_files, refuse_empty, unreadable
 from hfdtl_bayes.traces.table import TraceTable
 from hfdtl_bayes.traces.validation import validate_requests, validate_steps
@@ -144,6 +145,18 @@ class TraceStore:
             if (folder / name).exists():
                 return folder / name
         raise MissingInputError(f"{folder} holds no {table}.parquet or {table}.csv")
+
+    def steps_path(self, config_id: str) -> Path:
+        """Return where the engine steps of one configuration are."""
+        return self._table(config_id, "steps")
+
+    def has_table(self, config_id: str, quantity: str) -> bool:
+        """Return whether the store holds the table in which a quantity is observed."""
+        name = "steps" if quantity == "step_time" else "requests"
+        return any((self._folder(config_id) / f"{name}.{suffix}").exists() for suffix in ("parquet", "csv"))
+
+    def took(self, report: StepReport) -> None:
+        """Take note of steps that were read in parts; a store that keeps account of its tables does something here."""
 
     def steps(self, config_id: str) -> TraceTable:
         """Read and validate the engine steps of one configuration."""

@@ -25,6 +25,7 @@ from hfdtl_bayes.statistics import (
 from hfdtl_bayes.traces import TraceStore, TraceTable, drop_warmup, time_blocks
 from hfdtl_bayes.transfer.conditioning import calibrate_statistics
 from hfdtl_bayes.transfer.evaluation import fitted_block_length
+from hfdtl_bayes.transfer.sources import check_data_engine, kept_statistics, streamed_statistics
 
 _PACKAGE = str(Path(__file__).parents[1])
 
@@ -86,10 +87,14 @@ def fit_donors(
     engine: str = "exact",
     likelihood: str = "gaussian",
     rows_per_config: int = DEFAULT_ROWS_PER_CONFIG,
+    engine_data: str = "memory",
+    scheduler: str | None = None,
     seed: int = 0,
     show_progress: bool = True,
 ) -> LatencyPosterior:
     """Fit the population to donors of a trace store.
+
+    A donor of which the store holds no traces but statistics.nc, written by `write_statistics`, is taken from there.
 
     Parameters
     ----------
@@ -111,6 +116,10 @@ def fit_donors(
     rows_per_config : int
         Most rows of one donor that the engine "rows" sees: whole time blocks, evenly spread (`scaled_rows`). No row of them is
         down-weighted.
+    engine_data : {"memory", "arrow", "dask"}
+        How steps are read: at once, or in one pass over Parquet parts larger than memory, in threads or on a Dask cluster.
+    scheduler : str, optional
+        Address of the Dask scheduler.
 
     Returns
     -------
@@ -135,7 +144,15 @@ def fit_donors(
         raise InputError(f"donor(s) listed twice: {', '.join(repeated)}; list each once")
     chosen = feature_set(features, quantity) if isinstance(features, str) else features
     check_likelihood(likelihood, engine)
-    frames = {d: _donor_rows(store, d, chosen, max_rows=max_rows) for d in donors}
+    check_data_engine(engine_data, scheduler, engine, max_rows)
+    blocks: dict[str, Any] = {"block_length": block_length, "outlier_cutoff": outlier_cutoff}
+    kept = {d: s for d in donors if (s := kept_statistics(store, d, chosen)) is not None}
+    if kept and engine == "rows":
+        raise InputError(f"only statistics are kept of {', '.join(kept)}, and the engine rows needs rows; give their traces")
+    if engine_data != "memory":
+        for d in (d for d in donors if d not in kept):
+            kept[d] = streamed_statistics(store, d, chosen, engine_data=engine_data, scheduler=scheduler, **blocks)
+    frames = {d: _donor_rows(store, d, chosen, max_rows=max_rows) for d in donors if d not in kept}
     sampler: dict[str, Any] = {"engine": engine, "likelihood": likelihood, "seed": seed, "show_progress": show_progress}
     if engine == "rows":
         rows = [
@@ -143,10 +160,9 @@ def fit_donors(
             for d, f in frames.items()
         ]
         return fit([r.statistics for r in rows], chosen, priors, settings, rows=rows, **sampler)
-    statistics = [
-        statistics_from_rows(f, store.configuration(d), chosen, block_length=block_length, outlier_cutoff=outlier_cutoff)
-        for d, f in frames.items()
-    ]
+    for d, f in frames.items():
+        kept[d] = statistics_from_rows(f, store.configuration(d), chosen, **blocks)
+    statistics = [kept[d] for d in donors]
     return fit(statistics, chosen, priors, settings, **sampler)
 
 
@@ -258,6 +274,12 @@ def held_out_rows(
     InputError
         If no block is left to judge with, or the frame does not hold the rows that were calibrated on.
     """
+    target = next((s for s in posterior.statistics if s.config_id == posterior.target), None)
+    if target is not None and not len(posterior.calibration_rows):
+        raise InputError(
+            f"which rows {posterior.target!r} was calibrated on is not known: it was calibrated from statistics, of {target.rows} rows. "
+            "Judge it on a recording made since with `evaluate`, or calibrate it on rows in memory"
+        )
     used = frame.index.isin(posterior.calibration_rows)
     _require_unchanged(posterior, frame[used])
     blocks = time_blocks(frame, block_length or fitted_block_length(posterior, posterior.target))
