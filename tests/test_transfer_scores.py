@@ -15,12 +15,13 @@ from scipy.special import logsumexp
 from scipy.stats import multivariate_normal
 from simulation import PRIORS, THREE, TINY, dense, error_covariance, pilot_of, simulate
 
-from hfdtl_bayes.errors import InputError
+from hfdtl_bayes.errors import InputError, UnknownNameError
 from hfdtl_bayes.model import ExactDensity, LatencyPosterior, SamplerSettings, fit
 from hfdtl_bayes.model.likelihoods import SHAPES, log_density
 from hfdtl_bayes.statistics import ScaledRows, scaled_rows
 from hfdtl_bayes.transfer import (
     block_log_density,
+    calibrate,
     compare_fits,
     crps,
     crps_of_draws,
@@ -272,3 +273,13 @@ def test_crps_of_predictions_is_that_of_the_mixture_they_are_drawn_from() -> Non
     assert relative == pytest.approx(seconds / y.mean())
     with pytest.raises(InputError, match="no rows of 'one' to score"):
         crps(posterior, frame.iloc[:0], THREE[0])
+
+
+def test_calibration_with_rows_needs_donors_with_rows() -> None:
+    frame = DATA.frames[0]
+    with pytest.raises(InputError, match=r'their rows are not kept; to calibrate with the engine "rows", fit them with it too'):
+        calibrate(fitted(), frame, renamed(), engine="rows", show_progress=False)
+    with pytest.raises(
+        UnknownNameError, match="engine 'exact' fits sufficient statistics, which only the gaussian likelihood has"
+    ):
+        calibrate(fitted(), frame, renamed(), engine="exact", likelihood="student_t", show_progress=False)
