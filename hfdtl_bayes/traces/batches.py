@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ REJECTED_KEPT = 10_000
 """Rejected rows that are kept, the first ones: enough to see what is wrong, bounded where a whole recording is."""
 
 _COLUMNS = {c.name: c for c in STEP_SCHEMA}
+_NO_ROWS = pd.DataFrame()
 _BARE = "decode_tokens with context_tokens 0: the KV cache was read after the step"
 
 
@@ -54,7 +56,7 @@ class StepReport:
     source: Path
     rows: int = 0
     rejected_rows: int = 0
-    rejected: pd.DataFrame = field(default_factory=pd.DataFrame)
+    rejected: pd.DataFrame = field(default_factory=lambda: _NO_ROWS)
     problems: tuple[Problem, ...] = ()
     notes: tuple[Problem, ...] = ()
     derived: tuple[str, ...] = ()
@@ -213,7 +215,7 @@ def _plain(
     by_name = dict(zip(numbers, block, strict=True))
     if not (_within_schema(block, numbers) and _possible(by_name, configuration)):
         return None
-    frame = pd.DataFrame(block.T, columns=list(numbers), copy=False)
+    frame = pd.DataFrame(block.T, columns=_labels(tuple(numbers)), copy=False)
     derived: list[str] = []
     if any(name in _COLUMNS and name not in by_name for name in needed if name not in {"step_id", "regime"}):
         frame = frame.copy()
@@ -229,6 +231,12 @@ def _plain(
         bare = np.flatnonzero((context == 0) & (by_name["decode_tokens"] > 0))
         notes = (Problem(_BARE, len(bare), tuple(int(r) + row for r in bare[:ROWS_NAMED])),) if len(bare) else ()
     return StepBatch(frame, ids, codes, names, StepReport(source, len(ids), notes=notes, derived=tuple(derived)))
+
+
+@cache
+def _labels(names: tuple[str, ...]) -> pd.Index:
+    """Return column labels; made anew for every batch they would cost as much as a column."""
+    return pd.Index(names)
 
 
 def _regime(batch: pa.RecordBatch) -> tuple[NDArray[np.int64], tuple[str, ...]] | None:
