@@ -21,6 +21,7 @@ from scipy.stats import multivariate_normal
 from simulation import PRIORS, THREE, TINY, Simulated, batches, error_covariance, pilot_of, simulate
 
 from hfdtl_bayes.errors import StatisticsError, UnknownNameError
+from hfdtl_bayes.features import register_feature_set, registry
 from hfdtl_bayes.model import (
     LatencyPosterior,
     PriorSettings,
@@ -316,6 +317,10 @@ def test_what_cannot_be_fitted_is_refused() -> None:
 SAMPLER = SamplerSettings(draws=500, tune=400, chains=2)
 
 
+THETA = np.array([[1.1, 0.9, 1.7], [1.3, 0.8, 1.4], [0.9, 1.2, 1.5]])
+"""Coefficients of the three configurations, all positive: hardly a step takes less than no time, whatever its errors."""
+
+
 def observed_with(likelihood: str, seed: int, count: int = 1500) -> tuple[Simulated, list[ScaledRows]]:
     """Rows of three configurations whose errors have the likelihood's distribution, with a drift."""
     rng = np.random.default_rng(seed)
@@ -326,9 +331,8 @@ def observed_with(likelihood: str, seed: int, count: int = 1500) -> tuple[Simula
         design = TINY.design(frame, own)
         scale = np.maximum(design @ pilot_of(TINY, own), TINY.noise_floor(own))
         drift = rng.normal(0, 0.05, count)[frame["step_id"].to_numpy() // data.block]
-        mean = design @ data.truth["theta"][c] / scale + drift
-        drawn = draw_observed(likelihood, shape, mean[None], np.array([0.08]), rng)[0]
-        frames.append(frame.assign(step_time_s=np.maximum(drawn, 1e-3) * scale))
+        drawn = draw_observed(likelihood, shape, (design @ THETA[c] / scale + drift)[None], np.array([0.08]), rng)[0]
+        frames.append(frame.assign(step_time_s=drawn * scale))
     data = replace(data, frames=tuple(frames))
     return data, rows_of(data)
 
@@ -336,11 +340,11 @@ def observed_with(likelihood: str, seed: int, count: int = 1500) -> tuple[Simula
 @pytest.mark.slow
 @pytest.mark.parametrize("likelihood", SHAPES)
 def test_a_likelihood_finds_the_parameters_its_data_were_made_with(likelihood: str) -> None:
-    data, rows = observed_with(likelihood, 47)
+    _, rows = observed_with(likelihood, 47)
     statistics = [r.statistics for r in rows]
     found = fit(statistics, TINY, PRIORS, SAMPLER, engine="rows", likelihood=likelihood, rows=rows, seed=1, show_progress=False)
     theta = found.draws_of("theta")
-    z = (theta.mean(axis=0) - data.truth["theta"]) / theta.std(axis=0)
+    z = (theta.mean(axis=0) - THETA) / theta.std(axis=0)
     assert np.abs(z).max() < 3.7
     truths = {"sigma": np.full(3, 0.08), "omega": np.full(3, 0.05)} | {n: SHAPE[n][0] for n in SHAPES[likelihood]}
     for name, truth in truths.items():
@@ -374,7 +378,7 @@ def test_gaussian_rows_give_the_posterior_of_the_exact_engine() -> None:
 
 
 @pytest.mark.slow
-def test_a_student_t_withstands_outliers_that_the_gaussian_does_not(tmp_path: Path) -> None:
+def test_a_student_t_withstands_outliers_that_the_gaussian_does_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One row in a hundred takes ten times as long: a pause that is no property of the batch."""
     data, _ = observed_with("gaussian", 50)
     rng = np.random.default_rng(51)
@@ -384,10 +388,18 @@ def test_a_student_t_withstands_outliers_that_the_gaussian_does_not(tmp_path: Pa
     how = {"seed": 2, "show_progress": False}
     gaussian = fit(statistics, TINY, PRIORS, SAMPLER, **how)
     student = fit(statistics, TINY, PRIORS, SAMPLER, engine="rows", likelihood="student_t", rows=rows, **how)
-    off, kept = (np.abs(p.draws_of("theta").mean(axis=0) / data.truth["theta"] - 1).max() for p in (gaussian, student))
-    assert kept < 0.05 < 0.08 < off
+    theta = student.draws_of("theta")
+    assert np.abs((theta.mean(axis=0) - THETA) / theta.std(axis=0)).max() < 3.7
+    assert np.abs(theta.mean(axis=0) / THETA - 1).max() < 0.05
+    # The Gaussian spreads the pauses over all coefficients, a hundredth of the rows at ten times being 9 %, and its noise is theirs.
+    assert (gaussian.draws_of("theta").mean(axis=0) / THETA).mean() > 1.05
+    assert gaussian.draws_of("sigma").mean() > 5 * 0.08
     assert student.draws_of("nu").mean() < 4
     # It is saved with what it needs to predict, and predicts the same.
+    # Forgotten after the test.
+    monkeypatch.setattr(registry, "_SETS", dict(registry._SETS))
+    monkeypatch.setattr(registry, "_OWN", set(registry._OWN))
+    register_feature_set(TINY)
     path = student.save(tmp_path / "student.nc")
     loaded = LatencyPosterior.load(path)
     assert loaded.likelihood == "student_t"
