@@ -4,12 +4,12 @@
         [--draws-factor 1] [--limit SECONDS] [--seed N] [--out FILE.csv]
 
 Five donors of composed GPU steps, their batches drawn again with replacement and fresh noise of 5 %, in a temporary trace store.
-`inference_methods.py` says what each method is. All have the model without drift, whose integral a
-user of other packages would have to write by hand; our engines run once more with it (their default). Every method runs in a process of its own, one at a time, chains in
-sequence, one thread of linear algebra, with an empty folder for compiled code. Seconds are of that process: `cold` everything, from
-its start to its exit, imports and the reading of the traces included; `compile`, `sample` (warm-up included) parts of it. ESS
-is the bulk ESS (Vehtari et al. 2021, doi:10.1214/20-BA1221) of the worst of all parameters. Competitors draw less where they are slow;
-what counts is ESS per CPU second.
+`inference_methods.py` says what each method is. All have the model without drift, whose integral a user of other packages would have
+to write by hand; our engines run once more with it (their default). Every method runs in a process of its own, one at a time, chains
+in sequence, one thread of linear algebra, with an empty folder for compiled code. Seconds are of that process: `cold` everything, from
+its start to its exit, imports and the reading of the traces included; `compile` and `sample` (warm-up included) are parts of it. ESS is
+the bulk ESS (Vehtari et al. 2021, doi:10.1214/20-BA1221) of the worst of all parameters. Competitors draw less where they are
+slow; what counts is ESS per CPU second.
 
 Agreement is with the exact engine on the same model: largest difference of posterior means over parameters of the kind, in
 posterior sds; of sds, relative; and both over their Monte Carlo error, the largest of all (of about 150 parameters, near 3 where
