@@ -93,7 +93,7 @@ def assert_identical(one: ConfigStatistics, other: ConfigStatistics) -> None:
     gaps=st.booleans(),
     robust=st.booleans(),
 )
-@settings(max_examples=40)
+@settings(max_examples=20)
 def test_any_chunking_gives_the_statistics_of_the_rows(
     seed: int,
     count: int,
