@@ -292,7 +292,7 @@ def test_predict_warns_of_draws_that_have_not_converged(tmp_path: Path):
     predicted = run("predict", donors, "--config", DONORS[0], "--out", tmp_path / "p.csv")
     assert predicted.code == 0
     assert "NOT converged" in predicted.err
-    assert "--target-accept 0.95" in predicted.err
+    assert "--target-accept 0.99" in predicted.err
 
 
 # export
