@@ -250,7 +250,7 @@ def test_gate_says_no_with_exit_code_1_and_keeps_the_result():
 def test_gate_follows_the_thresholds(tmp_path: Path):
     # A model of three coefficients converges in a moment; whether it is good enough is the thresholds' to say.
     donors, target = tmp_path / "donors.nc", tmp_path / "target.nc"
-    sampler = ("--draws", 600, "--tune", 250, "--chains", 2)
+    sampler = ("--draws", 200, "--tune", 100)
     done("fit", STORE, "--donors", ",".join(DONORS), "--features", "blis-blackbox", "--out", donors, *sampler)
     done("calibrate", donors, STORE, "--config", TARGET, "--out", target, "--regimes", "calib,load0.15,load0.5", *sampler)
     unfussy = ("--min-coverage", 1e-6, "--coverage-level", 1e-12, "--max-mean-uncertainty", 10)

@@ -130,8 +130,10 @@ def test_the_first_rows_fix_the_scale() -> None:
     first = recording().iloc[:100]
     one = TargetStream.start(donors(), TARGET, first, block_length=BLOCK, label="a")
     one.add(recording().iloc[100:], "a")
-    assert one.scaling.difference(scaling()) is None
-    assert_same(one.statistics, fresh(recording()))
+    # With the donors' cutoff, which is off.
+    expected = statistics_from_rows(first, TARGET, TINY, block_length=BLOCK, outlier_cutoff=np.inf).scaling
+    assert one.scaling.difference(expected) is None
+    assert_same(one.statistics, statistics_from_rows(recording(), TARGET, TINY, block_length=BLOCK, scaling=expected))
 
 
 def test_row_labels_that_several_chunks_have_are_not_kept() -> None:

@@ -33,6 +33,7 @@ from hfdtl_bayes.cli.options import (
     Tune,
     block_length_of,
     names_in,
+    sampler_settings,
 )
 from hfdtl_bayes.cli.output import check_file, say, show, table_text, warn_unless_converged, writing
 from hfdtl_bayes.errors import InputError
@@ -77,7 +78,6 @@ def fit(
     """Fit the population of configurations to donors with rich traces."""
     from hfdtl_bayes.cli.traces import WatchedStore  # noqa: PLC0415  (loaded on first use)
     from hfdtl_bayes.features import feature_set  # noqa: PLC0415
-    from hfdtl_bayes.model import SamplerSettings  # noqa: PLC0415
     from hfdtl_bayes.model.prior_files import read_priors  # noqa: PLC0415
     from hfdtl_bayes.transfer import fit_donors  # noqa: PLC0415
 
@@ -95,7 +95,7 @@ def fit(
         max_rows=max_rows,
         block_length=steps_per_block,
         outlier_cutoff=outlier_cutoff,
-        settings=SamplerSettings(draws=draws, tune=tune, chains=chains, target_accept=target_accept),
+        settings=sampler_settings(draws, tune, chains, target_accept),
         engine=engine,
         likelihood=likelihood or "gaussian",
         rows_per_config=rows_per_config,
@@ -137,7 +137,7 @@ def calibrate(
 ) -> None:
     """Calibrate a target: a few of its rows, with the donors' posterior as its prior."""
     from hfdtl_bayes.cli.traces import WatchedStore, calibration_rows  # noqa: PLC0415  (loaded on first use)
-    from hfdtl_bayes.model import LatencyPosterior, SamplerSettings  # noqa: PLC0415
+    from hfdtl_bayes.model import LatencyPosterior  # noqa: PLC0415
     from hfdtl_bayes.transfer import calibrate as calibrate_target  # noqa: PLC0415
     from hfdtl_bayes.transfer import calibrate_statistics, read_trace, usable_rows  # noqa: PLC0415
     from hfdtl_bayes.transfer.sources import check_data_engine, streamed_statistics  # noqa: PLC0415
@@ -148,7 +148,7 @@ def calibrate(
     quantity = donors.feature_set.quantity
     watched = WatchedStore(store)
     check_data_engine(engine_data, scheduler, engine, max_rows)
-    sampler = SamplerSettings(draws=draws, tune=tune, chains=chains, target_accept=target_accept)
+    sampler = sampler_settings(draws, tune, chains, target_accept)
     if engine_data != "memory":
         if rows is not None or regimes is not None:
             raise InputError(f"--rows and --regimes choose single rows, of which --engine-data {engine_data} keeps none")

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from hfdtl_bayes.errors import InputError
+
+if TYPE_CHECKING:
+    from hfdtl_bayes.model import SamplerSettings
 
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of every random draw; the same seed gives the same result.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout, and nothing else there.")]
@@ -73,7 +76,7 @@ TargetAccept = Annotated[
 ]
 
 # Defaults of SamplerSettings and scaled_rows, repeated because importing them would load ArviZ for --help; a test keeps them equal.
-DRAWS, TUNE, CHAINS, TARGET_ACCEPT = 500, 200, 8, 0.95
+DRAWS, TUNE, CHAINS, TARGET_ACCEPT = 400, 150, 8, 0.95
 ROWS_PER_CONFIG = 2000
 BLOCK_LENGTH = "20"
 
@@ -91,6 +94,14 @@ def block_length_of(text: str) -> int | Literal["auto"]:
     if not text.isdecimal() or int(text) < 1:
         raise InputError(f"--block-length takes auto or a whole number of steps from 1, found {text!r}")
     return int(text)
+
+
+def sampler_settings(draws: int, tune: int, chains: int, target_accept: float) -> SamplerSettings | None:
+    """Return how to sample; None, which lets the exact engine go on until its chains agree, where nothing was asked for."""
+    from hfdtl_bayes.model import SamplerSettings  # noqa: PLC0415  (loaded on first use)
+
+    asked = SamplerSettings(draws=draws, tune=tune, chains=chains, target_accept=target_accept)
+    return None if asked == SamplerSettings() else asked
 
 
 def names_in(text: str | None) -> list[str]:

@@ -12,11 +12,11 @@ from hfdtl_bayes.model.draws import Draws
 from hfdtl_bayes.model.exact import ExactDensity
 from hfdtl_bayes.model.exact_engine import sample_exact
 from hfdtl_bayes.model.identifiability import configuration_moments, directions, population_moments
-from hfdtl_bayes.model.nuts import SamplerSettings
 from hfdtl_bayes.model.posterior import ENGINES, LatencyPosterior, fit
 from hfdtl_bayes.model.prior_files import read_priors
 from hfdtl_bayes.model.prior_predictive import prior_predictive
 from hfdtl_bayes.model.priors import PositiveRange, PriorSettings
+from hfdtl_bayes.model.sampling import SamplerSettings
 from hfdtl_bayes.model.sensitivity import sensitivity
 
 if TYPE_CHECKING:

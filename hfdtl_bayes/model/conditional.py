@@ -39,8 +39,8 @@ from hfdtl_bayes.model.exact import ExactDensity, Information
 from hfdtl_bayes.model.layout import check_statistics, posterior_tree
 from hfdtl_bayes.model.moments import reference_errors
 from hfdtl_bayes.model.new_configuration import NewConfiguration, ScalePool, move_scales
-from hfdtl_bayes.model.nuts import NutsRun, SamplerSettings
 from hfdtl_bayes.model.posterior import LatencyPosterior
+from hfdtl_bayes.model.sampling import SamplerRun, SamplerSettings
 from hfdtl_bayes.statistics import ConfigStatistics
 
 FloatArray = NDArray[np.float64]
@@ -273,7 +273,7 @@ def _tree(
     """Assemble the groups of a fit; sample_stats keep how the donors' draws were reweighted."""
     draws = len(variables["tau"]) // chains
     stats = xr.Dataset({"diverging": (("chain", "draw"), np.zeros((chains, draws), dtype=bool))})
-    run = NutsRun(np.zeros((chains * draws, 0)), stats, "importance resampling of the donors' draws")
+    run = SamplerRun(np.zeros((chains * draws, 0)), stats, "importance resampling of the donors' draws")
     tree = posterior_tree(variables, run, statistics, donors.feature_set, SamplerSettings(draws, 50, chains), "conditional")
     tree["sample_stats"].attrs = {
         "engine": "conditional",

@@ -56,9 +56,7 @@ class Reweighting:
         """Return a clause for a person."""
         said = "" if self.donors_passed else f"; of the donors' own draws: {self.donors}"
         copied = f", {self.copies} copies of each" if self.copies > 1 else ""
-        return (
-            f"the donors' draws reweighted, Pareto k {self.pareto_k:.2f}, {self.effective:.0f} of {self.draws} effective{copied}{said}"
-        )
+        return f"the donors' draws reweighted, Pareto k {self.pareto_k:.2f}, {self.effective:.0f} of {self.draws} effective{copied}{said}"
 
     def reason(self, max_pareto_k: float, min_effective: float) -> str:
         """Return why the weighted draws are not to be used; empty if they are."""

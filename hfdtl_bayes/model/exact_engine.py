@@ -12,8 +12,8 @@ from hfdtl_bayes.model.diagnostics import convergence
 from hfdtl_bayes.model.exact import ExactDensity
 from hfdtl_bayes.model.hmc import run_hmc
 from hfdtl_bayes.model.layout import check_statistics, posterior_tree
-from hfdtl_bayes.model.nuts import SamplerSettings
 from hfdtl_bayes.model.priors import PriorSettings
+from hfdtl_bayes.model.sampling import SamplerSettings
 from hfdtl_bayes.model.scale_coordinates import ScaleCoordinates, scale_coordinates
 from hfdtl_bayes.statistics import ConfigStatistics
 

@@ -22,8 +22,8 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from hfdtl_bayes.errors import ConvergenceError
-from hfdtl_bayes.model.nuts import NutsRun, SamplerSettings
 from hfdtl_bayes.model.progress import progress
+from hfdtl_bayes.model.sampling import SamplerRun, SamplerSettings
 
 FloatArray = NDArray[np.float64]
 
@@ -68,7 +68,7 @@ class _StepSize:
 
 def run_hmc(
     coordinates: Coordinates, settings: SamplerSettings, *, seed: int, label: str, show_progress: bool
-) -> tuple[FloatArray, NutsRun]:
+) -> tuple[FloatArray, SamplerRun]:
     """Sample the scales.
 
     Parameters
@@ -86,7 +86,7 @@ def run_hmc(
     -------
     scales : ndarray, shape (chains * draws, size of the density)
         Unconstrained scales, chain by chain.
-    run : NutsRun
+    run : SamplerRun
         The sampler's own coordinates and statistics.
 
     Raises
@@ -104,14 +104,14 @@ def run_hmc(
         )
     step = _StepSize(settings.target_accept)
     warm: list[FloatArray] = []
-    half, transitions = settings.tune // 2, settings.draws * settings.thin
+    transitions = settings.draws * settings.thin
     kept = np.empty((chains, settings.draws, size))
     stats = {name: np.empty((chains, settings.draws)) for name in ("diverging", "energy", "lp", "n_steps", "acceptance_rate")}
     diverged = np.zeros(chains, dtype=bool)
     with progress(label, settings.tune + transitions, enabled=show_progress) as advance:
         for i in range(settings.tune):
-            if i == half:
-                mean, covariance = _pooled(np.concatenate(warm[half // 3 :]))
+            if i == settings.tune // 2:
+                mean, covariance = _pooled(np.concatenate(warm[len(warm) // 3 :]))
                 at = at.whitened(mean, covariance)
                 state = _State.at(at, np.linalg.solve(np.linalg.cholesky(covariance), (state.q - mean).T).T)
                 step = _StepSize(settings.target_accept)
@@ -135,7 +135,7 @@ def run_hmc(
     kinds = {"diverging": bool, "n_steps": int}
     dataset = xr.Dataset({name: (("chain", "draw"), v.astype(kinds.get(name, float))) for name, v in stats.items()})
     flat = kept.reshape(-1, size)
-    return at.scales(flat), NutsRun(flat, dataset, "split Hamiltonian Monte Carlo, chains in step")
+    return at.scales(flat), SamplerRun(flat, dataset, "split Hamiltonian Monte Carlo, chains in step")
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import xarray as xr
 from hfdtl_bayes.errors import InputError, StatisticsError
 from hfdtl_bayes.features import FeatureSet
 from hfdtl_bayes.model.likelihoods import SHAPES
-from hfdtl_bayes.model.nuts import NutsRun, SamplerSettings
+from hfdtl_bayes.model.sampling import SamplerRun, SamplerSettings
 from hfdtl_bayes.statistics import ConfigStatistics, pseudo_rows
 
 # In this order the dimensions of the whole dataset come as (config, hardware, coef, ...), the order in which variables have them.
@@ -124,7 +124,7 @@ def check_posterior(
 
 def posterior_tree(
     variables: Mapping[str, np.ndarray],
-    run: NutsRun,
+    run: SamplerRun,
     statistics: Sequence[ConfigStatistics],
     feature_set: FeatureSet,
     settings: SamplerSettings,
@@ -136,7 +136,7 @@ def posterior_tree(
     ----------
     variables : mapping
         Draws by name, shape (chains * draws, ...), those of `ALL_DIMS` that the feature set and likelihood have.
-    run : NutsRun
+    run : SamplerRun
     statistics : sequence of ConfigStatistics
     feature_set : FeatureSet
     settings : SamplerSettings

@@ -7,7 +7,6 @@ import os
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +24,8 @@ from hfdtl_bayes.model.draws import Draws
 from hfdtl_bayes.model.exact_engine import sample_exact
 from hfdtl_bayes.model.layout import check_posterior, hardware_names, in_order
 from hfdtl_bayes.model.likelihoods import SHAPES, check_likelihood
-from hfdtl_bayes.model.nuts import SamplerSettings
 from hfdtl_bayes.model.priors import PositiveRange, PriorSettings, deviation_scale
+from hfdtl_bayes.model.sampling import SamplerSettings
 from hfdtl_bayes.statistics import (
     ConfigStatistics,
     EffectiveRows,
@@ -34,6 +33,7 @@ from hfdtl_bayes.statistics import (
     config_to_constant,
     effective_rows,
     input_hash,
+    package_version,
     rows_from_dataset,
     rows_to_dataset,
     statistics_from_dataset,
@@ -42,17 +42,9 @@ from hfdtl_bayes.statistics import (
 
 FloatArray = NDArray[np.float64]
 
-FILE_FORMAT = 1
+FILE_FORMAT = 2
 ENGINES = ("exact", "pymc", "rows")
 _QUANTILES = (0.025, 0.5, 0.975)
-
-
-def package_version() -> str:
-    """Return the installed version of this package, "unknown" when it is run from a bare checkout."""
-    try:
-        return version("hfdtl-bayes")
-    except PackageNotFoundError:
-        return "unknown"
 
 
 @dataclass(frozen=True, repr=False)

@@ -23,10 +23,11 @@ from pytensor.graph.replace import vectorize_graph
 from hfdtl_bayes.features import FeatureSet
 from hfdtl_bayes.model.layout import check_statistics, hardware_names, posterior_tree
 from hfdtl_bayes.model.moments import reference_errors
-from hfdtl_bayes.model.nuts import NutsRun, SamplerSettings, run_nuts
+from hfdtl_bayes.model.nuts import run_nuts
 from hfdtl_bayes.model.priors import PriorSettings
 from hfdtl_bayes.model.progress import progress
 from hfdtl_bayes.model.pymc_model import build_model, model_data
+from hfdtl_bayes.model.sampling import SamplerRun, SamplerSettings
 from hfdtl_bayes.statistics import ConfigStatistics
 
 
@@ -147,7 +148,7 @@ def run_compiled(
     seed: int,
     label: str,
     show_progress: bool,
-) -> tuple[NutsRun, dict[str, np.ndarray]]:
+) -> tuple[SamplerRun, dict[str, np.ndarray]]:
     """Sample a compiled model with its data replaced.
 
     Parameters
@@ -163,7 +164,7 @@ def run_compiled(
 
     Returns
     -------
-    run : NutsRun
+    run : SamplerRun
     variables : dict
         Draws of every variable by name, shape (chains * draws, ...).
     """

@@ -16,11 +16,11 @@ from hfdtl_bayes.errors import StatisticsError
 from hfdtl_bayes.features import FeatureSet
 from hfdtl_bayes.model.layout import check_statistics, posterior_tree
 from hfdtl_bayes.model.likelihoods import NU_PRIOR, RATIO_PRIOR, SHARE_PRIOR, check_likelihood
-from hfdtl_bayes.model.nuts import SamplerSettings
 from hfdtl_bayes.model.priors import PriorSettings
 from hfdtl_bayes.model.progress import progress
 from hfdtl_bayes.model.pymc_engine import CompiledModel, compile_model, run_compiled, starting_point
 from hfdtl_bayes.model.rows_model import build_rows_model, reference_fit, rows_data
+from hfdtl_bayes.model.sampling import SamplerSettings
 from hfdtl_bayes.statistics import ScaledRows
 
 _COMPILED: dict[tuple[FeatureSet, PriorSettings, str], CompiledModel] = {}

@@ -30,9 +30,9 @@ from hfdtl_bayes.errors import InputError, UnknownNameError
 from hfdtl_bayes.features import typical_batches
 from hfdtl_bayes.model.exact import ExactDensity
 from hfdtl_bayes.model.identifiability import conditional_moments
-from hfdtl_bayes.model.nuts import SamplerSettings
 from hfdtl_bayes.model.posterior import LatencyPosterior, fit
 from hfdtl_bayes.model.priors import PositiveRange, PriorSettings, population_mean, population_sd
+from hfdtl_bayes.model.sampling import SamplerSettings
 
 FloatArray = NDArray[np.float64]
 

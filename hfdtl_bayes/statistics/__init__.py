@@ -26,7 +26,7 @@ from hfdtl_bayes.statistics.scaled_rows import (
     scaled_rows,
 )
 from hfdtl_bayes.statistics.scaling import Downweighted, RowScaling, row_scale
-from hfdtl_bayes.statistics.stored import StoredStatistics, merge_statistics, read_statistics, write_statistics
+from hfdtl_bayes.statistics.stored import StoredStatistics, merge_statistics, package_version, read_statistics, write_statistics
 from hfdtl_bayes.statistics.streaming import StreamedStatistics, statistics_from_parquet
 from hfdtl_bayes.statistics.sufficient import (
     ConfigStatistics,
@@ -61,6 +61,7 @@ __all__ = [
     "merge_statistics",
     "outlier_sentence",
     "own_prior",
+    "package_version",
     "pseudo_rows",
     "read_statistics",
     "residual_autocorrelation",

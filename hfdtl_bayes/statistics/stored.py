@@ -48,7 +48,8 @@ class StoredStatistics:
     source: Path
 
 
-def _package_version() -> str:
+def package_version() -> str:
+    """Return the installed version of this package, "unknown" when it is run from a bare checkout."""
     try:
         return version("hfdtl-bayes")
     except PackageNotFoundError:
@@ -58,7 +59,7 @@ def _package_version() -> str:
 def stored(statistics: ConfigStatistics, features: FeatureSet, source: Path) -> StoredStatistics:
     """Return statistics made by this version of the package, as a file holds them."""
     references = {f.name: float(f.reference) for f in features.features}
-    return StoredStatistics(statistics, _package_version(), features.units(), references, fingerprint(features), source)
+    return StoredStatistics(statistics, package_version(), features.units(), references, fingerprint(features), source)
 
 
 def write_statistics(path: str | os.PathLike[str], statistics: ConfigStatistics, features: FeatureSet) -> None:
