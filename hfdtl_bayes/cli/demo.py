@@ -167,9 +167,9 @@ def run_demo(out: Path, *, seed: int = 0, show_progress: bool = True, settings: 
     """
     clock = _Clock(show_progress)
     with clock.stage("import", "loading the sampler and matplotlib"):
-        from hfdtl_bayes.statistics import package_version  # noqa: PLC0415  (loading is a stage of its own, and timed)
         from hfdtl_bayes.report import TargetSummary, compare, summary_page  # noqa: PLC0415
         from hfdtl_bayes.sample import DONORS, TARGET, sample_store_path  # noqa: PLC0415
+        from hfdtl_bayes.statistics import package_version  # noqa: PLC0415  (loading is a stage of its own, and timed)
         from hfdtl_bayes.traces import TraceStore, drop_warmup  # noqa: PLC0415
         from hfdtl_bayes.transfer import (  # noqa: PLC0415
             calibrate,
