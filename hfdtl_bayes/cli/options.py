@@ -76,7 +76,7 @@ TargetAccept = Annotated[
 ]
 
 # Defaults of SamplerSettings and scaled_rows, repeated because importing them would load ArviZ for --help; a test keeps them equal.
-DRAWS, TUNE, CHAINS, TARGET_ACCEPT = 400, 150, 8, 0.95
+DRAWS, TUNE, CHAINS, TARGET_ACCEPT = 500, 150, 8, 0.95
 ROWS_PER_CONFIG = 2000
 BLOCK_LENGTH = "20"
 

@@ -17,7 +17,7 @@ FloatArray = NDArray[np.float64]
 class SamplerSettings:
     """How a sampler runs: Hamiltonian Monte Carlo of the exact engine, NUTS of the others."""
 
-    draws: int = 400
+    draws: int = 500
     """Draws kept per chain."""
     tune: int = 150
     """Draws per chain used to adapt, then dropped."""
