@@ -33,7 +33,7 @@ from hfdtl_bayes.traces import TraceStore, drop_warmup, split_by_blocks, split_b
 from hfdtl_bayes.transfer import calibrate, evaluate, fit_donors
 
 DONORS = {"vllm_cpu": sample.DONORS, "gpu_steps": gpu_accuracy.DONORS}
-SETTINGS = SamplerSettings(draws=400, tune=250, chains=2)
+SETTINGS = SamplerSettings(draws=250, tune=150)
 VARIANTS = ("drift", "no-drift", "cutoff-inf", "cutoff-3", "cutoff-5", "cutoff-8", "block-10", "block-40", "block-auto")
 
 
