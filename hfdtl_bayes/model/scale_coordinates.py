@@ -31,6 +31,9 @@ _STEP = 1e-3
 """Step of the central differences of the gradient, in coordinates whose natural size is about one."""
 _SMALLEST_CURVATURE = 0.05
 """Curvature below which a direction is taken to be as wide as this says: every coordinate has a proper prior of sd about one."""
+_FARTHEST = 12.0
+"""How far from the start the mode may lie, in logarithms or sds: further out numbers overflow."""
+_FAR = 1e300
 
 
 @dataclass(frozen=True)
@@ -140,10 +143,17 @@ def scale_coordinates(density: ExactDensity) -> ScaleCoordinates:
     plain = replace(plain, centre=start)
 
     def negative(q: FloatArray) -> tuple[float, FloatArray]:
-        value, gradient = plain.log_density(q)
+        with np.errstate(all="ignore"):
+            try:
+                value, gradient = plain.log_density(q)
+            except np.linalg.LinAlgError:
+                return _FAR, np.zeros(size)
+        if not (np.isfinite(value) and np.isfinite(gradient).all()):
+            # The line search steps back.
+            return _FAR, np.zeros(size)
         return -float(value), -gradient
 
-    mode = minimize(negative, np.zeros(size), jac=True, method="L-BFGS-B").x
+    mode = minimize(negative, np.zeros(size), jac=True, method="L-BFGS-B", bounds=[(-_FARTHEST, _FARTHEST)] * size).x
     steps = _STEP * np.eye(size)
     hessian = (plain.log_density(mode - steps)[1] - plain.log_density(mode + steps)[1]) / (2 * _STEP)
     values, vectors = np.linalg.eigh(0.5 * (hessian + hessian.T))
