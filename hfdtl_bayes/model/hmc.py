@@ -30,6 +30,8 @@ FloatArray = NDArray[np.float64]
 _ANGLES = (1.0, 3.0)
 """Rotation per draw, drawn uniformly: a quarter turn (1.57) would make a normal's draws independent; the spread breaks resonance."""
 _LONGEST_STEP = 1.5
+_MOST_STEPS = 30
+"""Steps of one transition at most: where the step size collapses, a long run must not take for ever to say that it does not converge."""
 _START_SD = 1.5
 """Starts are spread more widely than the posterior, so that R-hat sees chains that have not met."""
 _DIVERGENT = 1000.0
@@ -165,6 +167,8 @@ def _transition(at: Coordinates, state: _State, longest: float, rng: np.random.G
     """Move every chain once: fresh momentum, a rotation by a random angle in steps of at most `longest`, accept or stay."""
     angle = rng.uniform(*_ANGLES)
     steps = int(np.ceil(angle / longest))
+    if steps > _MOST_STEPS:
+        steps, angle = _MOST_STEPS, _MOST_STEPS * longest
     p = rng.standard_normal(state.q.shape)
     energy = 0.5 * np.vecdot(p, p) - state.value
     new, p = _rotate(at, state, p, angle / steps, steps)

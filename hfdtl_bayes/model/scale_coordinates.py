@@ -31,9 +31,6 @@ _STEP = 1e-3
 """Step of the central differences of the gradient, in coordinates whose natural size is about one."""
 _SMALLEST_CURVATURE = 0.05
 """Curvature below which a direction is taken to be as wide as this says: every coordinate has a proper prior of sd about one."""
-_FARTHEST = 12.0
-"""How far from the start the mode may lie, in logarithms or sds: further out numbers overflow."""
-_FAR = 1e300
 
 
 @dataclass(frozen=True)
@@ -147,15 +144,16 @@ def scale_coordinates(density: ExactDensity) -> ScaleCoordinates:
             try:
                 value, gradient = plain.log_density(q)
             except np.linalg.LinAlgError:
-                return _FAR, np.zeros(size)
-        if not (np.isfinite(value) and np.isfinite(gradient).all()):
-            # The line search steps back.
-            return _FAR, np.zeros(size)
-        return -float(value), -gradient
+                return np.inf, np.zeros(size)
+        # Where numbers overflow the trust region shrinks.
+        return (-float(value), -gradient) if np.isfinite(value) and np.isfinite(gradient).all() else (np.inf, np.zeros(size))
 
-    mode = minimize(negative, np.zeros(size), jac=True, method="L-BFGS-B", bounds=[(-_FARTHEST, _FARTHEST)] * size).x
-    steps = _STEP * np.eye(size)
-    hessian = (plain.log_density(mode - steps)[1] - plain.log_density(mode + steps)[1]) / (2 * _STEP)
-    values, vectors = np.linalg.eigh(0.5 * (hessian + hessian.T))
+    def curvature(q: FloatArray) -> FloatArray:
+        steps = _STEP * np.eye(size)
+        hessian = (plain.log_density(q - steps)[1] - plain.log_density(q + steps)[1]) / (2 * _STEP)
+        return np.asarray(0.5 * (hessian + hessian.T))
+
+    mode = minimize(negative, np.zeros(size), jac=True, hess=curvature, method="trust-exact", options={"maxiter": 200}).x
+    values, vectors = np.linalg.eigh(curvature(mode))
     factor = vectors / np.sqrt(np.maximum(values, _SMALLEST_CURVATURE))
     return replace(plain, centre=start + mode, factor=factor)
