@@ -154,8 +154,6 @@ def random_problem(seed: int) -> Simulated:
 
 
 RANDOM = {f"random {i}": i for i in range(34)}
-TOO_MANY_ROWS = ("30 rows in one donor, 1e6 in another",)
-"""A row-level fit would take a quarter of an hour; it is compared on as lopsided a problem with fewer rows."""
 FUNNELS = ("group sds free to vanish", "a group sd free to vanish", "one row")
 """Funnels of PyMC's coordinates: of coefficients around their population where a group sd may vanish, which diverge whatever the step,
 and of noise and drift around their typical values where one row says nothing of either, which mix slowly. PyMC's draws are

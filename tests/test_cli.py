@@ -371,7 +371,12 @@ def test_interrupted_while_sampling_exits_130_and_writes_nothing(tmp_path: Path)
     out = tmp_path / "donors.nc"
     words = ["fit", STORE, "--donors", ",".join(DONORS), "--features", "blis-blackbox", "--out", out, "--draws", "2000"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "hfdtl_bayes", *map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "hfdtl_bayes", *map(str, words)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell's background jobs ignore interrupts, and so would their children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509
     )
     guard = threading.Timer(240, process.kill)
     guard.start()

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from agreement import FUNNELS, NAMED, NAMED_SLOW, TOO_MANY_ROWS, Draws, Verdict, compare, judge, problem, sampled
+from agreement import FUNNELS, NAMED, NAMED_SLOW, Draws, Verdict, compare, judge, problem, sampled
 from calibration import p_values
 from gibbs import Gibbs, Rows, rows_of
 from simulation import PRIORS, TINY, simulate
@@ -54,10 +54,10 @@ def test_exact_engine_agrees_with_gibbs() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", list(SECOND))
+@pytest.mark.parametrize("engine", ["exact", "pymc"])
 def test_engines_agree_at_the_edges(engine: str) -> None:
-    names = [n for n in (*NAMED, *NAMED_SLOW) if engine != "rows" or n not in TOO_MANY_ROWS]
-    found, refused = compared(engine, names)
+    # Rows take a quarter of an hour here; they are compared on the random problems.
+    found, refused = compared(engine, (*NAMED, *NAMED_SLOW))
     assert set(refused) <= (set() if engine == "exact" else set(FUNNELS))
     assert passed(found), str(found)
 
