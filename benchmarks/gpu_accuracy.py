@@ -147,7 +147,8 @@ def main() -> None:
         results.to_csv(arguments.out, index=False)
     print(table(results).round(2).to_markdown())
     checked = results["converged"].dropna()
-    print(f"\n{int(checked.sum())} of {len(checked)} calibrations converged (R-hat <= 1.03, ESS >= 100)")
+    limits = f"R-hat <= {CONVERGENCE.max_rhat:g}, ESS >= {CONVERGENCE.min_ess:g}"
+    print(f"\n{int(checked.sum())} of {len(checked)} calibrations converged ({limits})")
 
 
 if __name__ == "__main__":
