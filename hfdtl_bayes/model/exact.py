@@ -275,6 +275,12 @@ class ExactDensity:
             population_inverse, population, gram,
         )  # fmt: skip
 
+    def _solved_at(self, x: FloatArray) -> tuple[FloatArray, FloatArray, _Solved]:
+        """Return the sds of own and of shared deviations at unconstrained coordinates, and what the elimination leaves there."""
+        log_tau, logit, log_sigma, log_omega, *_ = self.split(x)
+        own_sd, shared_sd = self._sds(log_tau, logit)
+        return own_sd, shared_sd, self._solve(own_sd, shared_sd, np.exp(log_sigma), np.exp(log_omega))
+
     def log_density(self, x: FloatArray) -> tuple[FloatArray, FloatArray]:
         """Return the log density at unconstrained coordinates and its gradient.
 
@@ -365,8 +371,7 @@ class ExactDensity:
             In reference units.
         covariance : ndarray, shape (S, P, P)
         """
-        log_tau, logit, log_sigma, log_omega, *_ = self.split(x)
-        s = self._solve(*self._sds(log_tau, logit), np.exp(log_sigma), np.exp(log_omega))
+        *_, s = self._solved_at(x)
         return self.mean + self.sd * s.population_mean, self.sd[:, None] * s.population_inverse * self.sd
 
     def predictive(self, x: FloatArray, configuration: ServingConfiguration) -> tuple[FloatArray, FloatArray]:
@@ -383,9 +388,7 @@ class ExactDensity:
             In reference units.
         covariance : ndarray, shape (S, K, K)
         """
-        log_tau, logit, log_sigma, log_omega, *_ = self.split(x)
-        own_sd, shared_sd = self._sds(log_tau, logit)
-        s = self._solve(own_sd, shared_sd, np.exp(log_sigma), np.exp(log_omega))
+        own_sd, shared_sd, s = self._solved_at(x)
         loading = population_loading(self.feature_set, config_to_constant(self.feature_set, configuration))
         mean = (self.mean + self.sd * s.population_mean) @ loading.T
         slope = np.broadcast_to(loading * self.sd, (len(x), *loading.shape))
@@ -418,9 +421,7 @@ class ExactDensity:
             Covariances with the coefficients `predictive` describes, in reference units: of `population`, shape (S, P, K), of
             `hardware_effect`, shape (S, H, K, K), of `theta`, shape (S, C, K, K).
         """
-        log_tau, logit, log_sigma, log_omega, *_ = self.split(x)
-        own_sd, shared_sd = self._sds(log_tau, logit)
-        s = self._solve(own_sd, shared_sd, np.exp(log_sigma), np.exp(log_omega))
+        _, shared_sd, s = self._solved_at(x)
         slope = population_loading(self.feature_set, config_to_constant(self.feature_set, configuration)) * self.sd
         name = configuration.hardware.name
         shared = np.zeros((len(x), len(self.hardware_names), self.count_coef, self.count_coef))
@@ -448,9 +449,7 @@ class ExactDensity:
             Every variable of the PyMC model by name, leading dimension S; `population` is (beta, gamma, delta) concatenated.
         """
         log_tau, logit, log_sigma, log_omega, *populations = self.split(x)
-        sigma, omega = np.exp(log_sigma), np.exp(log_omega)
-        own_sd, shared_sd = self._sds(log_tau, logit)
-        s = self._solve(own_sd, shared_sd, sigma, omega)
+        own_sd, shared_sd, s = self._solved_at(x)
 
         def normal(covariance: FloatArray) -> FloatArray:
             factor = np.linalg.cholesky(0.5 * (covariance + _t(covariance)))
@@ -470,8 +469,8 @@ class ExactDensity:
             "hardware_effect_z": effect,
             "hardware_effect": hardware,
             "theta": theta,
-            "sigma": sigma,
-            "omega": omega,
+            "sigma": np.exp(log_sigma),
+            "omega": np.exp(log_omega),
             "sigma_typical": np.exp(populations[0]),
             "sigma_spread": np.exp(populations[1]),
             "omega_typical": np.exp(populations[2]),

@@ -38,7 +38,7 @@ from hfdtl_bayes.features import FeatureSet
 from hfdtl_bayes.model.exact import ExactDensity, population_loading
 from hfdtl_bayes.model.posterior import LatencyPosterior
 from hfdtl_bayes.model.priors import PriorSettings, deviation_scale, population_mean, population_sd
-from hfdtl_bayes.statistics import ConfigStatistics, config_to_constant
+from hfdtl_bayes.statistics import config_to_constant
 
 FloatArray = NDArray[np.float64]
 
@@ -214,7 +214,7 @@ def configuration_moments(posterior: LatencyPosterior, config_id: str, draws: in
         tau = posterior.draws_of("tau")[chosen] * deviation_scale(features)
         shared = prior - np.diag(_tau_square(priors) * deviation_scale(features) ** 2)
         m1, v1 = np.tile(mean, (len(tau), 1)), shared + tau[:, :, None] ** 2 * np.eye(len(mean))
-    information, vector = _own_information(posterior, statistics[c], c, chosen, m1)
+    information, vector = own_information(posterior, c, chosen, m1)
     root = np.linalg.cholesky(v1)
     spread = np.swapaxes(root, 1, 2)
     v2 = root @ np.linalg.inv(np.eye(len(mean)) + spread @ information @ root) @ spread
@@ -223,11 +223,27 @@ def configuration_moments(posterior: LatencyPosterior, config_id: str, draws: in
     return Moments(names, mean, prior, after_mean, after, _mixture(m1, v1)[1])
 
 
-def _own_information(
-    posterior: LatencyPosterior, own: ConfigStatistics, c: int, chosen: NDArray[np.int64], centre: FloatArray
+def own_information(
+    posterior: LatencyPosterior, c: int, chosen: NDArray[np.int64], centre: FloatArray
 ) -> tuple[FloatArray, FloatArray]:
-    """Return the information matrix of a configuration's rows, (S, K, K), and their vector around `centre`, (S, K)."""
-    info = ExactDensity([own], posterior.feature_set, posterior.priors).info
+    """Return what the rows of one configuration say of its coefficients, at chosen draws of its noise and drift.
+
+    Parameters
+    ----------
+    posterior : LatencyPosterior
+    c : int
+        Index of the configuration among those fitted.
+    chosen : ndarray of int, shape (S,)
+        Draws.
+    centre : ndarray, shape (S, K)
+        Coefficients the information vector is taken around.
+
+    Returns
+    -------
+    matrix : ndarray, shape (S, K, K)
+    vector : ndarray, shape (S, K)
+    """
+    info = ExactDensity([posterior.statistics[c]], posterior.feature_set, posterior.priors).info
     sigma, omega = posterior.draws_of("sigma")[chosen, c], posterior.draws_of("omega")[chosen, c]
     weight = 1.0 / (sigma[:, None] ** 2 + info.multiplier * omega[:, None] ** 2)
     matrix = np.einsum("sj,jkl->skl", weight, info.gram[0])

@@ -66,6 +66,22 @@ def config_to_constant(feature_set: FeatureSet, configuration: ServingConfigurat
     return feature_set.config_row(configuration) / constant_s(feature_set, configuration)
 
 
+def check_scaling(scaling: RowScaling, feature_set: FeatureSet, configuration: ServingConfiguration) -> None:
+    """Refuse a scaling that does not belong to a feature set.
+
+    Raises
+    ------
+    StatisticsError
+        If its pilot is not K finite coefficients.
+    """
+    names = feature_set.coef_names
+    if scaling.pilot.shape != (len(names),) or not np.isfinite(scaling.pilot).all():
+        raise StatisticsError(
+            f"configuration {configuration.config_id!r}: the pilot must be {len(names)} finite coefficients "
+            f"({', '.join(names)}), found {scaling.pilot}; take it from earlier statistics of this configuration"
+        )
+
+
 def fit_row_scaling(
     design: FloatArray,
     observed: FloatArray,

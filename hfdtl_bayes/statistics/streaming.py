@@ -23,7 +23,7 @@ from hfdtl_bayes.configuration import ServingConfiguration
 from hfdtl_bayes.errors import InputError, StatisticsError, UnreadablePartError
 from hfdtl_bayes.features import FeatureSet, response
 from hfdtl_bayes.statistics.dependence import DEFAULT_BLOCK_LENGTH, choose_block_length
-from hfdtl_bayes.statistics.pilot import fit_row_scaling, startup_rows
+from hfdtl_bayes.statistics.pilot import check_scaling, fit_row_scaling, startup_rows
 from hfdtl_bayes.statistics.reduction import Partial, Reduction
 from hfdtl_bayes.statistics.scaling import RowScaling
 from hfdtl_bayes.statistics.sufficient import ConfigStatistics
@@ -180,11 +180,7 @@ def prepare(
     # Refuses wrong units, and columns that are missing.
     frame = validate_steps(pd.concat(stretches, ignore_index=True), configuration, parts.source).frame
     if scaling is not None:
-        if scaling.pilot.shape != (len(feature_set.coef_names),) or not np.isfinite(scaling.pilot).all():
-            raise StatisticsError(
-                f"configuration {configuration.config_id!r}: the pilot must be {len(feature_set.coef_names)} finite coefficients "
-                f"({', '.join(feature_set.coef_names)}), found {scaling.pilot}; take it from earlier statistics of this configuration"
-            )
+        check_scaling(scaling, feature_set, configuration)
         if block_length == "auto":
             raise StatisticsError(
                 f"configuration {configuration.config_id!r}: with a given scaling the block length is that of the statistics it is "

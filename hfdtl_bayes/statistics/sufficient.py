@@ -22,6 +22,7 @@ from hfdtl_bayes.errors import StatisticsError
 from hfdtl_bayes.features import FeatureSet, response
 from hfdtl_bayes.statistics.dependence import DEFAULT_BLOCK_LENGTH, choose_block_length
 from hfdtl_bayes.statistics.pilot import (
+    check_scaling,
     config_to_constant,
     constant_s,
     fit_row_scaling,
@@ -346,12 +347,8 @@ def _given_scaling(
         raise StatisticsError(f"configuration {configuration.config_id!r}: give a scaling or a pilot, not both")
     if pilot is not None:
         scaling = RowScaling(np.asarray(pilot, float), feature_set.noise_floor(configuration))
-    names = feature_set.coef_names
-    if scaling is not None and (scaling.pilot.shape != (len(names),) or not np.isfinite(scaling.pilot).all()):
-        raise StatisticsError(
-            f"configuration {configuration.config_id!r}: the pilot must be {len(names)} finite coefficients "
-            f"({', '.join(names)}), found {scaling.pilot}; take it from earlier statistics of this configuration"
-        )
+    if scaling is not None:
+        check_scaling(scaling, feature_set, configuration)
     return scaling
 
 

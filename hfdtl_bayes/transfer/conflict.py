@@ -16,7 +16,7 @@ import numpy as np
 from scipy.stats import chi2
 
 from hfdtl_bayes.errors import InputError
-from hfdtl_bayes.model import ExactDensity, LatencyPosterior
+from hfdtl_bayes.model import ExactDensity, LatencyPosterior, own_information
 
 _INFORMED = 1.0
 """A direction counts once the rows know as much about it as the donors' prediction does."""
@@ -76,11 +76,7 @@ def population_conflict(posterior: LatencyPosterior, *, draws: int = 200) -> Con
         [posterior.draws_of(n)[chosen] for n in population],
     )
     mean, covariance = density.predictive(x, posterior.configuration(posterior.target))
-    own = ExactDensity([posterior.statistics[target]], posterior.feature_set, posterior.priors).info
-    variance = sigma[:, target, None] ** 2 + own.multiplier * omega[:, target, None] ** 2
-    information = np.einsum("sj,jkl->skl", 1 / variance, own.gram[0])
-    vector = np.einsum("sj,jk->sk", 1 / variance, own.target[0])
-    vector = vector - (information @ (mean - own.reference[0])[..., None])[..., 0]
+    information, vector = own_information(posterior, target, chosen, mean)
     root = np.linalg.cholesky(covariance)
     spread = np.swapaxes(root, 1, 2)
     h, directions = np.linalg.eigh(spread @ information @ root)
