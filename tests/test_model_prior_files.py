@@ -36,7 +36,10 @@ def test_the_template_says_the_defaults(features, tmp_path: Path) -> None:
     assert same is features
 
 
-@given(st.builds(PriorSettings, deviation=ranges, hardware_share=digits, noise=ranges, noise_spread=ranges,
+discounts = st.dictionaries(st.text("aZ09-_.~ #:{,", min_size=1), st.floats(1e-6, 1.0)).map(lambda d: tuple(d.items()))
+
+
+@given(st.builds(PriorSettings, deviation=ranges, hardware_share=digits, discounts=discounts, noise=ranges, noise_spread=ranges,
                  drift=st.none() | ranges, drift_spread=ranges))  # fmt: skip
 def test_any_settings_come_back(settings: PriorSettings) -> None:
     found, same = priors_from_mapping(yaml.safe_load(priors_yaml(TINY, settings)), TINY)
@@ -88,6 +91,10 @@ BAD = {
     "hardware_share: [0.2, 0.9]": r"hardware_share: a range of a share lies symmetrically around one half, .* found \[0.2, 0.9\]",
     "hardware_share: [1.0e-300, 1.0]": "hardware_share: a range of a share lies symmetrically",
     "hardware_share: [0.499999, 0.500001]": "hardware_share: no Beta prior of a share has 90 %",
+    "discounts: 0.5": r"discounts: give a mapping of donor to a number in \(0, 1\], found 0.5",
+    "discounts: {old: 0}": r"discounts: the discount of old must lie in \(0, 1\], found 0",
+    "discounts: {old: 1.5}": r"discounts: the discount of old must lie in \(0, 1\], found 1.5",
+    "discounts: {old: half}": "discounts: the discount of old must be a number, found 'half'",
     "features: hfdtl": "features: 'hfdtl', but the model uses tiny",
     "quantity: queue_delay": "quantity: 'queue_delay', but the model uses step_time",
     "population: [1, 2]": r"population: give a mapping of feature to range, found \[1, 2\]",

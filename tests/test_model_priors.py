@@ -51,6 +51,27 @@ def test_an_impossible_share_is_refused(share: float) -> None:
         PriorSettings(hardware_share=share)
 
 
+@pytest.mark.parametrize("share", [0.0, -0.5, 1.0001, math.inf, math.nan])
+def test_an_impossible_discount_is_refused(share: float) -> None:
+    with pytest.raises(InputError, match=r"discount of 'old' must lie in \(0, 1\], found .*fit without it or forget it"):
+        PriorSettings(discounts=(("old", share),))
+
+
+def test_discounts() -> None:
+    priors = PriorSettings(discounts=(("old", 0.5), ("new", 1.0), ("composed", 0.25)))
+    assert priors.discounts == (("composed", 0.25), ("old", 0.5))
+    assert [priors.counts(c) for c in ("old", "new", "another")] == [0.5, 1.0, 1.0]
+    assert priors.sentences(TINY)[len(TINY.features) + 2] == (
+        "what the rows of composed say of the population counts for 0.25 of a donor; what the rows of old say of the population counts "
+        "for 0.5 of a donor"
+    )
+    assert priors.with_discounts({"old": 0.1, "composed": 1.0}) == PriorSettings(discounts=(("old", 0.1),))
+    assert priors.discounts_of(("new", "old")) == PriorSettings(discounts=(("old", 0.5),))
+    assert priors.with_discounts({"old": 1.0, "composed": 1.0}) == PriorSettings()
+    with pytest.raises(InputError, match="discount of 'old' is given twice"):
+        PriorSettings(discounts=(("old", 0.5), ("old", 0.4)))
+
+
 def test_every_prior_is_said_in_numbers() -> None:
     priors = PriorSettings(deviation=PositiveRange(0.123, 0.456), noise=PositiveRange(0.0111, 0.222), hardware_share=3.0)
     said = priors.sentences(TINY)
@@ -60,15 +81,18 @@ def test_every_prior_is_said_in_numbers() -> None:
     assert "relative to the coefficient's size, lies between 0.123 and 0.456" in said[4]
     low, high = (f"{beta(3.0, 3.0).ppf(q):.3g}" for q in (0.05, 0.95))
     assert said[5].endswith(f"same hardware lies between {low} and {high}")
-    assert said[6] == "90 % of the typical relative noise of one row lies between 0.0111 and 0.222"
-    assert all(s.startswith("90 % of ") for s in said)
+    assert said[6] == "what every donor's rows say of the population counts in full"
+    assert said[7] == "90 % of the typical relative noise of one row lies between 0.0111 and 0.222"
+    assert all(s.startswith("90 % of ") for s in said[:6] + said[7:])
 
 
 def test_a_changed_setting_changes_one_sentence() -> None:
     before = PriorSettings()
     for i, field in enumerate(fields(PriorSettings)):
         value = getattr(before, field.name)
-        other = PositiveRange(value.low * 1.5, value.high * 2) if isinstance(value, PositiveRange) else value + 1
+        other = {"hardware_share": 3.0, "discounts": (("old", 0.5),)}.get(field.name) or PositiveRange(
+            value.low * 1.5, value.high * 2
+        )
         after = replace(before, **{field.name: other})
         changed = [n for n, (a, b) in enumerate(zip(before.sentences(TINY), after.sentences(TINY), strict=True)) if a != b]
         assert changed == [len(TINY.features) + i]

@@ -208,16 +208,21 @@ class NewConfiguration:
 def move_scales(
     own: dict[str, FloatArray], statistics: Sequence[ConfigStatistics], donors: LatencyPosterior, rng: np.random.Generator
 ) -> dict[str, FloatArray]:
-    """Return draws by name with tau, hardware_share and the populations of noise and drift moved given everything else."""
+    """Return draws by name with tau, hardware_share and the populations of noise and drift moved given everything else.
+
+    With donors discounted tau and hardware_share stay: their conditional then depends on rows, and to stay is a move that leaves any
+    posterior as it is.
+    """
     priors, scale = donors.priors, deviation_scale(donors.feature_set)
     population = np.concatenate([own[n] for n in ("beta", "gamma", "delta") if n in own], axis=1)
     loading = np.array([population_loading(donors.feature_set, s.config_row) for s in statistics])
     centre = (population @ loading.reshape(-1, population.shape[1]).T).reshape(len(population), len(statistics), -1)
     deviations = own["theta"] - centre - own["hardware_effect"][:, hardware_index(statistics)]
-    tau, share = move_group_sds(
-        own["tau"], own["hardware_share"], deviations / scale, own["hardware_effect"] / scale, priors, rng
-    )
-    own = own | {"tau": tau, "hardware_share": share}
+    if not priors.discounts:
+        tau, share = move_group_sds(
+            own["tau"], own["hardware_share"], deviations / scale, own["hardware_effect"] / scale, priors, rng
+        )
+        own = own | {"tau": tau, "hardware_share": share}
     for name, middle, spread in (("sigma", priors.noise, priors.noise_spread), ("omega", priors.drift, priors.drift_spread)):
         if middle is not None:
             typical, between = f"{name}_typical", f"{name}_spread"

@@ -530,6 +530,7 @@ def fit(
     features : FeatureSet
         The set the statistics were built with.
     priors : PriorSettings, optional
+        Discounts of configurations that are not fitted, or of the target, are left out.
     settings : SamplerSettings, optional
     target : str, optional
         config_id of the statistics that are a target's.
@@ -552,14 +553,20 @@ def fit(
     StatisticsError
         If the statistics cannot be fitted together, or the rows are not theirs.
     UnknownNameError
-        If there is no such engine or likelihood, or the engine cannot fit the likelihood.
+        If there is no such engine or likelihood, or the engine cannot fit the likelihood, or not with donors discounted.
     ConvergenceError
         If the sampler cannot run.
     """
     if engine not in ENGINES:
         raise UnknownNameError(f"unknown engine {engine!r}; known are {', '.join(ENGINES)}")
     check_likelihood(likelihood, engine)
-    priors = priors or PriorSettings()
+    # A target counts in full, whatever was said of it as a donor.
+    priors = (priors or PriorSettings()).discounts_of([s.config_id for s in statistics if s.config_id != target])
+    if engine == "rows" and priors.discounts:
+        raise UnknownNameError(
+            f'engine "rows" cannot discount donors ({", ".join(c for c, _ in priors.discounts)}): the coefficients of a donor that counts '
+            "for less are integrated out, for which its errors must be Gaussian; use engine exact or pymc"
+        )
     label = f"sampling {target}" if target else f"sampling {len(statistics)} donors"
     if engine == "rows":
         from hfdtl_bayes.model.rows_engine import sample_rows  # noqa: PLC0415  (PyMC takes seconds to import)

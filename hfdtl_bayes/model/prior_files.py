@@ -3,6 +3,7 @@
     features: roofline            # optional; refused if the fit uses another set
     deviation: [0.1, 0.6]         # 90 % of it lies between these
     hardware_share: 2.0           # or a range around one half
+    discounts: {old-donor: 0.5}   # counts for half a donor; donors left out count in full
     drift: null                   # no drift at all
     population:
       kv_read: [0.8, 1.5]                                   # a coefficient without unit
@@ -121,9 +122,21 @@ def _unknown(key: object, known: Iterable[str], kind: str) -> str:
     return f"unknown {kind}" + (f"; did you mean {near[0]}?" if near else f"; accepted are {', '.join(known)}")
 
 
-def _setting(key: str, value: Any) -> PositiveRange | float | None:
+def _discounts(value: Any) -> tuple[tuple[str, float], ...]:
+    if not isinstance(value, Mapping):
+        raise _Problem(f"give a mapping of donor to a number in (0, 1], found {reprlib.repr(value)}")
+    found = tuple((str(c), _number(share, f"the discount of {c}")) for c, share in value.items())
+    for c, share in found:
+        if not 0 < share <= 1:
+            raise _Problem(f"the discount of {c} must lie in (0, 1], found {share:g}; 1 counts it in full")
+    return found
+
+
+def _setting(key: str, value: Any) -> PositiveRange | float | tuple[tuple[str, float], ...] | None:
     if key == "hardware_share":
         return _share(value)
+    if key == "discounts":
+        return _discounts(value)
     if value is None and key in _MAY_BE_NULL:
         return None
     return PositiveRange(*_bounds(value, positive=True))
@@ -262,6 +275,8 @@ def priors_yaml(feature_set: FeatureSet, settings: PriorSettings | None = None) 
         shown = _text(value) if isinstance(value, float) else "null"
         if isinstance(value, PositiveRange):
             shown = f"[{_text(value.low)}, {_text(value.high)}]"
+        if isinstance(value, tuple):
+            shown = yaml.safe_dump(dict(value), default_flow_style=True, width=math.inf, allow_unicode=True).strip()
         lines += [f"# {said[name]}"] if name in said else []
         lines.append(f"{name}: {shown}")
     lines += ["", "population:"]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -63,6 +64,10 @@ class PriorSettings:
     hardware_share: float = 2.0
     """Both parameters of the Beta prior of the share of that variance which configurations on the same hardware have in common:
     2 says neither all nor nothing, 90 % between 0.14 and 0.86, because two or three donors cannot tell."""
+    discounts: tuple[tuple[str, float], ...] = ()
+    """Pairs of a donor's config_id and a number a in (0, 1]: what its rows say of the population counts for a of a donor. For old
+    versions of an engine, or composed recordings, that may be unlike what is asked about. Other donors count in full (a = 1), and a
+    near 0 is the fit without the donor; its own coefficients stay as its rows have them. See `hfdtl_bayes.model.exact`."""
     noise: PositiveRange = PositiveRange(0.01, 0.5)
     """Relative sd of one row around its mean, typical over configurations: 3 % on a quiet GPU, 30 % on a shared CPU."""
     noise_spread: PositiveRange = PositiveRange(0.2, 1.0)
@@ -74,15 +79,40 @@ class PriorSettings:
     """Sd between configurations of the logarithm of the drift."""
 
     def __post_init__(self) -> None:
-        """Refuse a share that is no Beta parameter.
+        """Refuse a share that is no Beta parameter, and discounts that are none; sort the discounts.
 
         Raises
         ------
         InputError
-            Unless `hardware_share` is positive and finite.
+            Unless `hardware_share` is positive and finite, and each discount of one donor and in (0, 1].
         """
         if not 0 < self.hardware_share < float("inf"):
             raise InputError(f"hardware_share must be a positive number, found {self.hardware_share}")
+        for config_id, share in self.discounts:
+            if not 0 < share <= 1:
+                raise InputError(
+                    f"discount of {config_id!r} must lie in (0, 1], found {share}: 1 counts it in full, 0.5 as half a donor; to leave it out "
+                    "altogether, fit without it or forget it"
+                )
+        names = [config_id for config_id, _ in self.discounts]
+        repeated = sorted({n for n in names if names.count(n) > 1})
+        if repeated:
+            raise InputError(f"discount of {', '.join(map(repr, repeated))} is given twice; give one number for each donor")
+        # A donor that counts in full is not discounted, so that equal beliefs compare equal.
+        kept = tuple(sorted((str(c), float(share)) for c, share in self.discounts if share != 1))
+        object.__setattr__(self, "discounts", kept)
+
+    def with_discounts(self, discounts: Mapping[str, float]) -> PriorSettings:
+        """Return the same settings with these discounts in place of any others of the same donors."""
+        return replace(self, discounts=tuple((dict(self.discounts) | dict(discounts)).items()))
+
+    def discounts_of(self, config_ids: Collection[str]) -> PriorSettings:
+        """Return the same settings with the discounts of some configurations only."""
+        return replace(self, discounts=tuple(d for d in self.discounts if d[0] in config_ids))
+
+    def counts(self, config_id: str) -> float:
+        """Return for how much of a donor a configuration counts, in (0, 1]."""
+        return dict(self.discounts).get(config_id, 1.0)
 
     def sentences(self, feature_set: FeatureSet) -> tuple[str, ...]:
         """Return every prior as a sentence a planner can agree or disagree with."""
@@ -97,6 +127,10 @@ class PriorSettings:
                 "the share of that variance common to configurations on the same hardware",
                 PositiveRange(*(float(beta(self.hardware_share, self.hardware_share).ppf(q)) for q in (0.05, 0.95))),
             ),
+            "; ".join(
+                f"what the rows of {c} say of the population counts for {share:.3g} of a donor" for c, share in self.discounts
+            )
+            or "what every donor's rows say of the population counts in full",
             said("the typical relative noise of one row", self.noise),
             said("the spread of log noise between configurations", self.noise_spread),
             *(

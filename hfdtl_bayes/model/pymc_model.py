@@ -12,12 +12,14 @@ configuration c's scaled rows, the likelihood of all rows is, up to a constant,
 
     z ~ Normal(R theta_c, sd)      rss ~ sd^2 * chi-square(dof)      sd^2 = sigma_c^2 + multiplier * omega_c^2
 
-so sampling costs the same whatever the number of rows.
+so sampling costs the same whatever the number of rows. A donor that counts for a of one (`PriorSettings.discounts`) speaks of everything
+shared with its marginal likelihood to the power a, in place of 1; see `hfdtl_bayes.model.exact`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import pymc as pm
@@ -44,7 +46,13 @@ def hierarchy_data(
 def model_data(statistics: Sequence[ConfigStatistics], feature_set: FeatureSet, priors: PriorSettings) -> dict[str, np.ndarray]:
     """Return the values of every `pm.Data` of the model, by name; replace them to refit without compiling again."""
     rows: PseudoRows = pseudo_rows(statistics)
+    discounted = [(c, priors.counts(s.config_id)) for c, s in enumerate(statistics) if priors.counts(s.config_id) < 1]
+    of_discounts = {
+        "discounted_config": np.array([c for c, _ in discounted], dtype=np.int32),
+        "discounted_counts": np.array([a for _, a in discounted]),
+    }
     return {
+        **(of_discounts if discounted else {}),
         "r": rows.r,
         "z_observed": rows.z,
         "z_config": rows.config.astype(np.int32),
@@ -57,8 +65,27 @@ def model_data(statistics: Sequence[ConfigStatistics], feature_set: FeatureSet, 
     }
 
 
-def coefficients(data: dict[str, pt.TensorVariable], feature_set: FeatureSet, priors: PriorSettings) -> pt.TensorVariable:
-    """Add the coefficients, population to configurations, to the model under construction; return theta, shape (C, K).
+@dataclass(frozen=True)
+class Coefficients:
+    """Coefficients of the configurations and what they deviate from.
+
+    Attributes
+    ----------
+    own : tensor, shape (C, K)
+        theta.
+    centre : tensor, shape (C, K)
+        A phi + w_h.
+    sd : tensor, shape (K,)
+        Of a configuration's own deviation.
+    """
+
+    own: pt.TensorVariable
+    centre: pt.TensorVariable
+    sd: pt.TensorVariable
+
+
+def coefficients(data: dict[str, pt.TensorVariable], feature_set: FeatureSet, priors: PriorSettings) -> Coefficients:
+    """Add the coefficients, population to configurations, to the model under construction.
 
     Parameters
     ----------
@@ -84,7 +111,8 @@ def coefficients(data: dict[str, pt.TensorVariable], feature_set: FeatureSet, pr
     hardware_z = pm.Normal("hardware_effect_z", dims=("hardware", "coef"))
     hardware = pm.Deterministic("hardware_effect", pt.sqrt(share) * deviation * hardware_z, dims=("hardware", "coef"))
     centre = centre + hardware[data["hardware_index"]]
-    return group_effects("theta", centre, pt.sqrt(1 - share) * deviation, data, ("config", "coef"))
+    sd = pt.sqrt(1 - share) * deviation
+    return Coefficients(group_effects("theta", centre, sd, data, ("config", "coef")), centre, sd)
 
 
 def build_model(statistics: Sequence[ConfigStatistics], feature_set: FeatureSet, priors: PriorSettings | None = None) -> pm.Model:
@@ -126,13 +154,41 @@ def build_model(statistics: Sequence[ConfigStatistics], feature_set: FeatureSet,
 
         pm.Normal(
             "z",
-            (data["r"] * theta[data["z_config"]]).sum(axis=1),
+            (data["r"] * theta.own[data["z_config"]]).sum(axis=1),
             error_sd(data["z_config"], data["z_multiplier"]),
             observed=data["z_observed"],
         )
         variance = error_sd(data["rss_config"], data["rss_multiplier"]) ** 2
         pm.Gamma("rss", data["rss_dof"] / 2, 1 / (2 * variance), observed=data["rss_observed"])
+        if "discounted_config" in data:
+            row_variance = error_sd(data["z_config"], data["z_multiplier"]) ** 2
+            for i in range(len(values["discounted_config"])):
+                c = data["discounted_config"][i]
+                marginal = _log_marginal(data, c, theta.centre[c], theta.sd, row_variance, variance)
+                pm.Potential(f"discount_{i}", (data["discounted_counts"][i] - 1) * marginal)
     return model
+
+
+def _log_marginal(
+    data: dict[str, pt.TensorVariable],
+    c: pt.TensorVariable,
+    centre: pt.TensorVariable,
+    sd: pt.TensorVariable,
+    row_variance: pt.TensorVariable,
+    rss_variance: pt.TensorVariable,
+) -> pt.TensorVariable:
+    """Return the log density of one configuration's rows with theta ~ Normal(centre, sd) integrated out, up to a constant.
+
+    With weights w = 1 / variance, e = z - R centre, M = I + D R'wR D and b = D R'we: sum(log w) - e'we + b'M^-1 b - log |M|, halved.
+    """
+    own = pt.eq(data["z_config"], c)
+    weight, error = own / row_variance, data["z_observed"] - data["r"] @ centre
+    inner = pt.eye(sd.shape[0]) + sd[:, None] * ((data["r"].T * weight) @ data["r"]) * sd
+    left = pt.linalg.cholesky(inner)
+    scaled = pt.linalg.solve_triangular(left, sd * (data["r"].T @ (weight * error)), lower=True)
+    logs = (own * pt.log(row_variance)).sum() + (weight * error**2).sum() - (scaled**2).sum() + 2 * pt.log(pt.diag(left)).sum()
+    of_rss = pt.eq(data["rss_config"], c) * (data["rss_dof"] * pt.log(rss_variance) + data["rss_observed"] / rss_variance)
+    return -0.5 * (logs + of_rss.sum())
 
 
 def _lognormal(name: str, prior: PositiveRange, **kwargs: object) -> pt.TensorVariable:

@@ -147,7 +147,7 @@ def build_rows_model(
     values = rows_data(rows, feature_set, priors, likelihood)
     with pm.Model(coords=coordinate_values([r.statistics for r in rows], feature_set)) as model:
         data = {name: pm.Data(name, value) for name, value in values.items()}
-        theta = coefficients(data, feature_set, priors)
+        theta = coefficients(data, feature_set, priors).own
         mean = (data["x"] * theta[data["y_config"]]).sum(axis=1)
         shaped = likelihood in SHAPES_ON_CORE
         core = pooled_scale("core" if shaped else "sigma", priors.noise, priors.noise_spread)
