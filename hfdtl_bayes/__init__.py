@@ -27,7 +27,16 @@ if TYPE_CHECKING:
     from hfdtl_bayes.sample import sample_store_path
     from hfdtl_bayes.statistics import statistics_from_rows
     from hfdtl_bayes.traces import TraceStore, read_requests, read_steps, write_store
-    from hfdtl_bayes.transfer import VerdictSettings, calibrate, evaluate, fit_donors, held_out_rows, usable_rows, verdict
+    from hfdtl_bayes.transfer import (
+        VerdictSettings,
+        calibrate,
+        evaluate,
+        fit_donors,
+        held_out_rows,
+        usable_rows,
+        variance_sources,
+        verdict,
+    )
 
 __version__: str
 
@@ -66,6 +75,7 @@ _HOME = {
     "sensitivity": "model",
     "statistics_from_rows": "statistics",
     "usable_rows": "transfer",
+    "variance_sources": "transfer",
     "verdict": "transfer",
     "write_store": "traces",
 }
@@ -105,6 +115,7 @@ __all__ = [
     "sensitivity",
     "statistics_from_rows",
     "usable_rows",
+    "variance_sources",
     "verdict",
     "write_store",
 ]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hfdtl_bayes.cli.options import AsJson, PosteriorFile, Seed
-from hfdtl_bayes.cli.output import TABLE_SUFFIXES, check_file, show, warn_unless_converged, write_table, writing
+from hfdtl_bayes.cli.output import TABLE_SUFFIXES, check_file, show, table_text, warn_unless_converged, write_table, writing
 from hfdtl_bayes.errors import InputError
 
 if TYPE_CHECKING:
@@ -29,6 +29,9 @@ def predict(
     configuration: Annotated[
         Path | None, typer.Option("--configuration", help="YAML of a configuration never seen: predicted zero-shot.")
     ] = None,
+    sources: Annotated[
+        bool, typer.Option("--sources", help="Also say where the variance comes from: level of the model, and coefficient.")
+    ] = False,
     seed: Seed = 0,
     as_json: AsJson = False,
 ) -> None:
@@ -55,6 +58,14 @@ def predict(
         raise InputError(f"a {quantity} is predicted for requests; give a table with {', '.join(posterior.feature_set.columns)}")
     predicted = posterior.predict(frame, chosen, seed=seed).reset_index(drop=True)
     predicted.insert(0, "row", numbers)
+    split = None
+    if sources:
+        from hfdtl_bayes.transfer import variance_sources  # noqa: PLC0415
+
+        split = variance_sources(posterior, frame, chosen, seed=seed)
+        # Of the whole variance, sd_s squared, and of that of the expected value, sd_mean_s squared.
+        shares = (split.shares().add_prefix("share_"), split.coefficient_shares().add_prefix("mean_share_"))
+        predicted = predicted.join([s.reset_index(drop=True) for s in shares])
     if steps is None:
         # Nobody else knows the batches of the grid, so they go with their predictions.
         predicted = predicted.join(frame.drop(columns="step_id"))
@@ -79,6 +90,11 @@ def predict(
         f"median row: mean {middle['mean_s']:.4g} s, 95 % interval {middle['q2.5_s']:.4g} to {middle['q97.5_s']:.4g} s\n"
         f"wrote {out}"
     )
+    if split is not None:
+        by_source, by_coefficient = split.table(), split.coefficient_table()
+        result |= {"sources": by_source.to_dict(orient="records"), "coefficients": by_coefficient.to_dict(orient="records")}
+        titles = ("variance of a new observation; sd relative to the mean", "variance of the expected value by coefficient")
+        text += "".join(f"\n\n{table_text(*t)}" for t in zip((by_source, by_coefficient), titles, strict=True))
     show(result, text, as_json=as_json)
 
 

@@ -11,7 +11,13 @@ from hfdtl_bayes.model.diagnostics import Convergence, ConvergenceSettings, conv
 from hfdtl_bayes.model.draws import Draws
 from hfdtl_bayes.model.exact import ExactDensity
 from hfdtl_bayes.model.exact_engine import sample_exact
-from hfdtl_bayes.model.identifiability import configuration_moments, directions, own_information, population_moments
+from hfdtl_bayes.model.identifiability import (
+    configuration_moments,
+    directions,
+    drawn_coordinates,
+    own_information,
+    population_moments,
+)
 from hfdtl_bayes.model.posterior import ENGINES, LatencyPosterior, fit
 from hfdtl_bayes.model.prior_files import read_priors
 from hfdtl_bayes.model.prior_predictive import prior_predictive
@@ -40,6 +46,7 @@ __all__ = [
     "configuration_moments",
     "convergence",
     "directions",
+    "drawn_coordinates",
     "fit",
     "own_information",
     "population_moments",

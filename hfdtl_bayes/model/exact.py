@@ -138,6 +138,25 @@ class _Solved:
     gram: FloatArray
 
 
+@dataclass(frozen=True)
+class Levels:
+    """Parts of the covariance of a configuration's coefficients given the scales, shape (S, K, K) each, in reference units.
+
+    Attributes
+    ----------
+    population : ndarray
+        What (beta, gamma, delta) leave open, with all that moves with them.
+    hardware : ndarray
+        What the effect of its hardware leaves open once they are known.
+    own : ndarray
+        What its own deviation leaves open once both are.
+    """
+
+    population: FloatArray
+    hardware: FloatArray
+    own: FloatArray
+
+
 def population_loading(feature_set: FeatureSet, config_row: FloatArray) -> FloatArray:
     """Return A, shape (K, B + G + D): what each of (beta, gamma, delta) contributes to a configuration's own coefficients.
 
@@ -408,24 +427,55 @@ class ExactDensity:
             In reference units.
         covariance : ndarray, shape (S, K, K)
         """
+        mean, levels = self.levels(x, configuration)
+        return mean, levels.population + levels.hardware + levels.own
+
+    def levels(self, x: FloatArray, configuration: ServingConfiguration, fitted: int | None = None) -> tuple[FloatArray, Levels]:
+        """Return mean and covariance of a configuration's coefficients given the scales, the covariance by level of the hierarchy.
+
+        With theta = A phi + w_h + e_c, the law of total variance from the top down, all given the scales and the rows:
+
+            Cov(theta) = Cov(E[theta | phi]) + E[Cov(E[theta | phi, w_h] | phi)] + E[Cov(theta | phi, w_h)]
+
+        Parameters
+        ----------
+        x : ndarray, shape (S, size)
+        configuration : ServingConfiguration
+        fitted : int, optional
+            Its index among the configurations fitted; by default it is a new one from the population, whatever its name.
+
+        Returns
+        -------
+        mean : ndarray, shape (S, K)
+            In reference units.
+        levels : Levels
+        """
         own_sd, shared_sd, s = self._solved_at(x)
         loading = population_loading(self.feature_set, config_to_constant(self.feature_set, configuration))
         mean = (self.mean + self.sd * s.population_mean) @ loading.T
         slope = np.broadcast_to(loading * self.sd, (len(x), *loading.shape))
-        covariance = np.zeros((len(x), self.count_coef, self.count_coef))
-        diagonal = np.arange(self.count_coef)
-        name = configuration.hardware.name
+        name, diagonal = configuration.hardware.name, np.arange(self.count_coef)
+        hardware, own = np.zeros((2, len(x), self.count_coef, self.count_coef))
         if name in self.hardware_names:
             h = self.hardware_names.index(name)
             mapped = s.hardware_map[:, h]
             effect = s.hardware_target[:, h] - (mapped @ s.population_mean[..., None])[..., 0]
             mean = mean + shared_sd * effect
             slope = slope - shared_sd[..., None] * mapped
-            covariance = covariance + shared_sd[:, :, None] * s.hardware_inverse[:, h] * shared_sd[:, None, :]
+            hardware = shared_sd[:, :, None] * s.hardware_inverse[:, h] * shared_sd[:, None, :]
         else:
-            covariance[:, diagonal, diagonal] += shared_sd**2
-        covariance[:, diagonal, diagonal] += own_sd**2
-        return mean, covariance + slope @ s.population_inverse @ _t(slope)
+            hardware[:, diagonal, diagonal] = shared_sd**2
+        if fitted is None:
+            own[:, diagonal, diagonal] = own_sd**2
+        else:
+            # Its own rows pull the coefficients from the centre: I - D M^-1 D G = D M^-1 D^-1 of the centre is left.
+            shrink, gram = s.shrink[:, fitted], s.gram[:, fitted]
+            centre = mean - self.info.reference[fitted] - self.offset[fitted]
+            left = s.own_target[:, fitted] - own_sd * np.matvec(gram, centre)
+            mean = mean + own_sd * np.matvec(s.own_inverse[:, fitted], left)
+            slope, hardware = shrink @ slope, shrink @ hardware @ _t(shrink)
+            own = own_sd[:, :, None] * s.own_inverse[:, fitted] * own_sd[:, None, :]
+        return mean, Levels(slope @ s.population_inverse @ _t(slope), hardware, own)
 
     def covariance_with(self, x: FloatArray, configuration: ServingConfiguration) -> dict[str, FloatArray]:
         """Return how everything fitted varies with the coefficients of a configuration that is not, given the scales and the rows.

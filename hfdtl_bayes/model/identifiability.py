@@ -166,10 +166,21 @@ def _chosen(posterior: LatencyPosterior, draws: int) -> NDArray[np.int64]:
     return np.unique(np.linspace(0, count - 1, min(draws, count)).astype(int))
 
 
-def _coordinates(
+def drawn_coordinates(
     posterior: LatencyPosterior, density: ExactDensity, fitted: Sequence[int], chosen: NDArray[np.int64]
 ) -> FloatArray:
-    """Return the posterior's scales as coordinates of the density of some of its configurations, shape (S, size)."""
+    """Return chosen draws of a posterior's scales as coordinates of the density of some of its configurations, shape (S, size).
+
+    Parameters
+    ----------
+    posterior : LatencyPosterior
+    density : ExactDensity
+        Of the statistics of the configurations `fitted`.
+    fitted : sequence of int
+        Their indices among the posterior's.
+    chosen : ndarray of int, shape (S,)
+        Draws.
+    """
     names = ("sigma_typical", "sigma_spread", "omega_typical", "omega_spread")
     tau, share, *populations = (posterior.draws_of(n)[chosen] for n in ("tau", "hardware_share", *names))
     sigma, omega = (posterior.draws_of(n)[chosen][:, fitted] for n in ("sigma", "omega"))
@@ -209,7 +220,7 @@ def configuration_moments(posterior: LatencyPosterior, config_id: str, draws: in
     statistics = posterior.statistics
     if rest:
         others = ExactDensity([statistics[i] for i in rest], features, priors)
-        m1, v1 = others.predictive(_coordinates(posterior, others, rest, chosen), own)
+        m1, v1 = others.predictive(drawn_coordinates(posterior, others, rest, chosen), own)
     else:
         tau = posterior.draws_of("tau")[chosen] * deviation_scale(features)
         shared = prior - np.diag(_tau_square(priors) * deviation_scale(features) ** 2)
@@ -259,7 +270,7 @@ def population_moments(posterior: LatencyPosterior, draws: int = DirectionSettin
     if conditional_moments(posterior):
         density = ExactDensity(posterior.statistics, features, posterior.priors)
         every = list(range(len(posterior.config_ids)))
-        moments = density.population(_coordinates(posterior, density, every, _chosen(posterior, draws)))
+        moments = density.population(drawn_coordinates(posterior, density, every, _chosen(posterior, draws)))
         after_mean, after = _mixture(*moments)
     else:
         parts = [posterior.draws_of(n) for n, f in (("beta", features.base), ("gamma", features.config)) if f]

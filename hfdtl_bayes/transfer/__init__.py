@@ -24,6 +24,7 @@ from hfdtl_bayes.transfer.scores import (
     row_log_density,
 )
 from hfdtl_bayes.transfer.streaming import TargetStream
+from hfdtl_bayes.transfer.variance import VarianceSources, variance_sources
 from hfdtl_bayes.transfer.verdict import Check, Outcome, Verdict, VerdictSettings, verdict
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "Outcome",
     "RidgeRecipe",
     "TargetStream",
+    "VarianceSources",
     "Verdict",
     "VerdictSettings",
     "attainable_mape",
@@ -62,5 +64,6 @@ __all__ = [
     "scratch_coefficients",
     "select_rows",
     "usable_rows",
+    "variance_sources",
     "verdict",
 ]
