@@ -31,8 +31,10 @@ from hfdtl_bayes.errors import InputError, StatisticsError
 from hfdtl_bayes.model import LatencyPosterior, SamplerSettings, fit
 from hfdtl_bayes.model.conditional import ConditionalSettings, Conditioned, condition, scaled_information
 from hfdtl_bayes.model.error_grid import ErrorPrior, propose
+from hfdtl_bayes.model.error_population import ErrorPopulation
 from hfdtl_bayes.model.new_configuration import NewConfiguration
-from hfdtl_bayes.model.scale_moves import move_group_sds, move_population
+from hfdtl_bayes.model.priors import PositiveRange
+from hfdtl_bayes.model.scale_moves import move_group_sds
 from hfdtl_bayes.statistics import statistics_from_rows
 
 FloatArray = NDArray[np.float64]
@@ -202,11 +204,27 @@ def test_moments_are_those_of_quadrature_over_noise_and_drift() -> None:
     assert np.all(np.abs(np.mean(found, axis=0) - expected) < 4 * error + 0.05 * spread)
 
 
+def test_the_proposal_finds_the_mass_from_far_away() -> None:
+    """The search starts thirty sds of the prior off, where the likelihood is flat."""
+    rng = np.random.default_rng(62)
+    prior = ErrorPrior.given(np.full((2000, 2), 0.05), np.full((2000, 2), 0.03), PRIORS)
+
+    def likelihood(log_sigma: FloatArray, log_omega: FloatArray) -> FloatArray:
+        return -0.5 * (np.maximum(log_sigma, -20.0) - np.log(0.04)) ** 2
+
+    drawn = propose(likelihood, prior, (-40.0, 8.0), 16.0, rng)
+    weight = np.exp(drawn.log_prior + likelihood(drawn.log_sigma, drawn.log_omega) - drawn.log_proposal)
+    assert (weight.sum() ** 2 / (weight**2).sum()) / len(weight) > 0.85
+    # Of omega the rows say nothing, so it stays what the others' make it.
+    assert np.average(drawn.log_omega, weights=weight) == pytest.approx(prior.omega.sample(rng).mean(), abs=0.1)
+
+
 def test_the_proposal_is_the_density_it_says() -> None:
     """Draws weighted by any integrand over q give its integral: here one with a bent ridge, and one that is hardly informed."""
     rng = np.random.default_rng(61)
     count = 20_000
-    prior = ErrorPrior(np.full(count, np.log(0.1)), np.full(count, 0.6), np.full(count, np.log(0.05)), np.full(count, 0.8))
+    values = np.exp(np.log([0.1, 0.05, 0.2]) + 0.05 * rng.standard_normal((count, 3)))
+    prior = ErrorPrior.given(values, 0.5 * values, PRIORS)
 
     def ridge(log_sigma: FloatArray, log_omega: FloatArray) -> FloatArray:
         return -0.5 * ((np.log(np.exp(2 * log_sigma) + np.exp(2 * log_omega)) - np.log(0.02)) / 0.02) ** 2
@@ -217,11 +235,15 @@ def test_the_proposal_is_the_density_it_says() -> None:
     for target, multiplier in ((ridge, 1.0), (flat, 0.0)):
         drawn = propose(target, prior, (np.log(0.1), np.log(0.1)), multiplier, rng)
         weight = np.exp(drawn.log_prior + target(drawn.log_sigma, drawn.log_omega) - drawn.log_proposal)
-        a = np.linspace(np.log(1e-3), np.log(2), 3001)
-        one = prior.thinned(1)
-        inside = np.exp(one.log_density(a[:, None], a) + target(a[:, None], a[None, :]))
+        a = np.linspace(np.log(1e-3), np.log(5), 1201)
+        # Averaged over fifty draws; the values of all are nearly the same.
+        few = prior[np.arange(0, count, count // 50)]
+        densities = [
+            np.exp([part.log_density(np.full(len(few), at)) for at in a]).mean(axis=1) for part in (few.sigma, few.omega)
+        ]
+        inside = np.outer(*densities) * np.exp(target(a[:, None], a[None, :]))
         expected = inside.sum() * (a[1] - a[0]) ** 2
-        assert weight.mean() == pytest.approx(expected, abs=5 * weight.std() / np.sqrt(count))
+        assert weight.mean() == pytest.approx(expected, abs=5 * weight.std() / np.sqrt(count), rel=0.01)
         # And it is a good one: hardly any variance is left.
         assert (weight.sum() ** 2 / (weight**2).sum()) / count > 0.85
         omega = (inside * np.exp(a)).sum() / inside.sum()
@@ -249,14 +271,52 @@ def test_moves_leave_the_joint_prior_as_it_is_and_forget_where_they_came_from() 
     assert kstest((effects / (np.sqrt(new_share)[:, None, None] * new_tau[:, None]))[:, 1, 2], "norm").pvalue > LEVEL
     assert np.corrcoef(np.log(tau[:, 0]), np.log(new_tau[:, 0]))[0, 1] < 0.85
 
-    spread = np.exp(PRIORS.noise_spread.log_mean + PRIORS.noise_spread.log_sd * rng.standard_normal(count))
-    typical = np.exp(PRIORS.noise.log_mean + PRIORS.noise.log_sd * rng.standard_normal(count))
-    values = typical[:, None] * np.exp(spread[:, None] * rng.standard_normal((count, 4)))
-    new_typical, new_spread = move_population(values, spread, PRIORS.noise, PRIORS.noise_spread, rng)
-    for drawn, prior in ((new_typical, PRIORS.noise), (new_spread, PRIORS.noise_spread)):
-        assert kstest((np.log(drawn) - prior.log_mean) / prior.log_sd, "norm").pvalue > LEVEL
-    scores = (np.log(values) - np.log(new_typical)[:, None]) / new_spread[:, None]
-    assert kstest(scores[:, 2], "norm").pvalue > LEVEL
+
+# --- The population of noise and drift. ---
+
+WIDE, NARROW = (PRIORS.noise, PRIORS.noise_spread), (PositiveRange(0.05, 0.06), PositiveRange(0.01, 2.0))
+
+
+@pytest.mark.parametrize(("typical", "spread"), [WIDE, NARROW])
+@pytest.mark.parametrize("values", [[], [0.05], [0.02, 0.03, 0.3], list(np.geomspace(0.01, 0.2, 30))])
+def test_another_configurations_noise_is_that_of_quadrature_over_its_population(
+    values: list[float], typical: PositiveRange, spread: PositiveRange
+) -> None:
+    middle = np.linspace(typical.log_mean - 7 * typical.log_sd, typical.log_mean + 7 * typical.log_sd, 1501)[:, None]
+    log_spread = np.linspace(spread.log_mean - 6 * spread.log_sd, spread.log_mean + 6 * spread.log_sd, 601)
+    logs = norm(typical.log_mean, typical.log_sd).logpdf(middle) + norm(spread.log_mean, spread.log_sd).logpdf(log_spread)
+    for value in values:
+        logs = logs + norm(middle, np.exp(log_spread)).logpdf(np.log(value))
+    weights = np.exp(logs - logs.max())
+    at = np.log([0.003, 0.03, 0.055, 0.8])
+    expected = [(weights * norm(middle, np.exp(log_spread)).pdf(a)).sum() / weights.sum() for a in at]
+    # A grid of typical values resolves no spread below its own step; prior and values leave them next to no mass.
+    population = ErrorPopulation.of(np.tile(values, (len(at), 1)).reshape(len(at), -1), typical, spread)
+    np.testing.assert_allclose(np.exp(population.log_density(at)), expected, rtol=1e-4, atol=1e-9)
+
+
+def test_draws_of_the_population_are_its_posterior_and_draws_of_a_value_its_density() -> None:
+    """Values simulated from the prior leave scores of what is drawn given them as they were; moments are those of the density."""
+    rng = np.random.default_rng(72)
+    count = 20_000
+    for size in (0, 1, 4):
+        spread = np.exp(PRIORS.noise_spread.log_mean + PRIORS.noise_spread.log_sd * rng.standard_normal(count))
+        typical = np.exp(PRIORS.noise.log_mean + PRIORS.noise.log_sd * rng.standard_normal(count))
+        values = typical[:, None] * np.exp(spread[:, None] * rng.standard_normal((count, size)))
+        population = ErrorPopulation.of(values, PRIORS.noise, PRIORS.noise_spread)
+        new_typical, new_spread = population.draw(rng)
+        for drawn, prior in ((new_typical, PRIORS.noise), (new_spread, PRIORS.noise_spread)):
+            assert kstest((np.log(drawn) - prior.log_mean) / prior.log_sd, "norm").pvalue > LEVEL
+        for column in values.T:
+            scores = (np.log(column) - np.log(new_typical)) / new_spread
+            assert kstest(scores, "norm").pvalue > LEVEL
+    same = ErrorPopulation.of(np.tile([0.02, 0.03, 0.1], (count, 1)), PRIORS.noise, PRIORS.noise_spread)
+    drawn = np.sort(same.sample(rng))
+    at = np.linspace(np.log(1e-5), np.log(100), 4001)
+    density = np.exp(same[np.zeros(len(at), dtype=np.int64)].log_density(at))
+    cumulative = np.cumsum(density) * (at[1] - at[0])
+    assert cumulative[-1] == pytest.approx(1, abs=1e-4)
+    assert kstest(drawn, lambda v: np.interp(v, at, cumulative)).pvalue > LEVEL
 
 
 # --- Simulation-based calibration. ---

@@ -12,7 +12,9 @@ and one Cholesky factor of P bordered by that vector holds it all. (sigma, omega
 
     w_s = p(sigma, omega | psi_s) L_s(sigma, omega) / q_s(sigma, omega),
 
-so the weighted draws are from the joint posterior of donors and target, the one a joint refit samples. Weights are smoothed (PSIS,
+so the weighted draws are from the joint posterior of donors and target, the one a joint refit samples. Of the noises and drifts psi_s has
+only the donors' own: what is typical of them and how they spread is integrated out of the prior of (sigma, omega)
+(`error_population`) and drawn afterwards, which leaves the weights half as uneven. Weights are smoothed (PSIS,
 Vehtari et al. 2024, arXiv:1507.02646), draws are resampled systematically within each chain, in order, so that copies lie side by
 side and R-hat and ESS see them. Then theta is drawn exactly, and population, hardware and donors move with it by Matheron's rule: a
 joint draw X, theta* from before the rows becomes X + Cov(X, theta) V_s^-1 (theta - theta*), a draw from after (Journel & Huijbregts
@@ -57,7 +59,8 @@ class ConditionalSettings:
     """Effective number of the donors' draws under the weights. `ConvergenceSettings.min_ess` asks for 400 of the worst of a hundred
     quantities, and in the tails that one has down to 0.4 of it, as draws of a chain are not independent to begin with."""
     first_draws: int = 2000
-    """Draws weighed first, evenly spaced; all of them only where these are too few. What an update costs is proportional."""
+    """Draws weighed first, evenly spaced, all of them only where these are too few; and most draws of the posterior. What an update
+    costs is proportional."""
     max_copies: int = 8
     """Most copies made of each draw before giving up: as many again cost a fraction of a second, once per target."""
 
@@ -128,12 +131,13 @@ def condition(
     start = float(np.log(sigma)), float(np.log(omega)) if prior.has_drift else 0.0
     total = len(prior.draws["tau"])
     stride = max(1, total // settings.first_draws)
-    weighed = _weigh(prior, rows, reference, start, (stride, 1), seed)
+    kept = total // prior.chains // stride
+    weighed = _weigh(prior, rows, reference, start, (stride, 1), kept, seed)
     if stride > 1 and weighed.effective < settings.min_effective:
-        weighed = _weigh(prior, rows, reference, start, (1, 1), seed)
+        weighed = _weigh(prior, rows, reference, start, (1, 1), kept, seed)
     needed = int(np.ceil(1.7 * settings.min_effective / weighed.effective))
     if weighed.effective < settings.min_effective <= total and needed <= settings.max_copies:
-        weighed = _weigh(prior, rows, reference, start, (1, needed), seed)
+        weighed = _weigh(prior, rows, reference, start, (1, needed), kept, seed)
     variables = _variables(prior, own, weighed, reference, np.random.default_rng([seed, 8]))
     converged = prior.convergence
     used = len(weighed.pool.parent) // weighed.key[1]
@@ -158,8 +162,15 @@ class _Weighed:
 
 
 def _weigh(
-    prior: NewConfiguration, rows: Information, reference: FloatArray, start: tuple[float, float], key: tuple[int, int], seed: int
+    prior: NewConfiguration,
+    rows: Information,
+    reference: FloatArray,
+    start: tuple[float, float],
+    key: tuple[int, int],
+    kept: int,
+    seed: int,
 ) -> _Weighed:
+    """Weigh a pool of draws, and resample `kept` of each chain."""
     rng = np.random.default_rng([seed, 7])
     pool = prior.pool(*key).around(reference)
     average = pool.average()
@@ -167,7 +178,7 @@ def _weigh(
     errors = propose(lambda a, b: average.factor(rows, a, b)[1], pool.errors, start, multiplier, rng)
     left, log_likelihood = pool.factor(rows, errors.log_sigma, errors.log_omega)
     weights, pareto_k, effective = _smoothed(errors.log_prior + log_likelihood - errors.log_proposal, prior.chains, key[1])
-    chosen = _resampled(weights, weights.shape[1] // key[1], rng)
+    chosen = _resampled(weights, kept, rng)
     sigma, omega = np.exp(errors.log_sigma[chosen]), np.exp(errors.log_omega[chosen])
     return _Weighed(pool, key, chosen, sigma, omega, left[chosen], pareto_k, effective)
 
@@ -188,8 +199,9 @@ def _smoothed(log_weights: FloatArray, chains: int, copies: int) -> tuple[FloatA
     """
     # ArviZ's function takes log likelihoods to leave out, whose negative are the log weights.
     smoothed, pareto_k = array_stats.psislw(-log_weights)
-    by_chain = np.exp(smoothed - smoothed.max()).reshape(chains, -1)
-    by_chain = by_chain / np.maximum(by_chain.sum(axis=1, keepdims=True), np.finfo(float).tiny)
+    by_chain = np.asarray(smoothed).reshape(chains, -1)
+    by_chain = np.exp(by_chain - by_chain.max(axis=1, keepdims=True))
+    by_chain = by_chain / by_chain.sum(axis=1, keepdims=True)
     parents = by_chain.reshape(-1, copies).sum(axis=1) / chains
     return by_chain, float(pareto_k), float(1.0 / (parents**2).sum())
 

@@ -1,10 +1,9 @@
 """Noise and drift of one new configuration: a proposal for importance sampling that is right for any shape of their posterior.
 
-The likelihood of (sigma, omega), its coefficients at the donors' average prediction, is laid out on a grid that is narrowed down
-to where the posterior mass is. Times each draw's own prior of (sigma, omega) it is a table, and the bilinear interpolation of
-the table is a density one can draw from exactly and evaluate exactly. A share of the draws comes from the prior itself, so
-that the importance weights stay bounded wherever the grid does not reach (a defensive mixture: Hesterberg 1995,
-doi:10.1080/00401706.1995.10484303).
+The likelihood of (sigma, omega), its coefficients at the donors' average prediction, times their average prior (`error_population`)
+is laid out on a grid that is narrowed down to where the mass is. The bilinear interpolation of that table is a density one can
+draw from exactly and evaluate exactly. A share of the draws comes from the prior itself, each draw's own, so that the importance
+weights stay bounded wherever the grid does not reach (a defensive mixture: Hesterberg 1995, doi:10.1080/00401706.1995.10484303).
 
 The axes are a = log sqrt(sigma^2 + m omega^2), with the multiplier m of most rows, and r = log(omega / sigma), along which volume is that of
 (log sigma, log omega). Where rows decide a and hardly r (blocks of one row: m = 1; many rows in few blocks: m = 0), the mass is a thin
@@ -20,6 +19,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from hfdtl_bayes.model.error_population import ErrorPopulation
+from hfdtl_bayes.model.priors import PositiveRange, PriorSettings
+
 FloatArray = NDArray[np.float64]
 
 _ROUGH = 11
@@ -31,37 +33,40 @@ _KEPT = 10.0
 _ROUNDS = 40
 _FROM_PRIOR = 0.03
 """Share of draws from the prior itself."""
-_PRIOR_DRAWS = 100
-"""Draws of the scales whose priors are averaged while the grid is fitted."""
+_NO_DRIFT = PositiveRange(0.2, 5.0), PositiveRange(0.2, 1.0)
+"""Without drift omega is drawn from some prior, enters nothing and is dropped."""
 
 
 @dataclass(frozen=True)
 class ErrorPrior:
-    """The prior of log sigma and log omega of a new configuration, one for each draw of the population's: arrays of shape (S,)."""
+    """The prior of log sigma and log omega of a new configuration given those of others, one for each of S draws of theirs."""
 
-    sigma_mean: FloatArray
-    sigma_sd: FloatArray
-    omega_mean: FloatArray
-    omega_sd: FloatArray
+    sigma: ErrorPopulation
+    omega: ErrorPopulation
+
+    @classmethod
+    def given(cls, sigma: FloatArray, omega: FloatArray, priors: PriorSettings) -> ErrorPrior:
+        """Return the prior given draws of noise and drift of C configurations, shapes (S, C)."""
+        noise = ErrorPopulation.of(sigma, priors.noise, priors.noise_spread)
+        if priors.drift is None:
+            return cls(noise, ErrorPopulation.of(np.ones((len(sigma), 0)), *_NO_DRIFT))
+        return cls(noise, ErrorPopulation.of(omega, priors.drift, priors.drift_spread))
+
+    def __getitem__(self, chosen: slice | NDArray[np.int64]) -> ErrorPrior:
+        """Return some of the draws."""
+        return ErrorPrior(self.sigma[chosen], self.omega[chosen])
+
+    def __len__(self) -> int:
+        """Return the number of draws."""
+        return len(self.sigma.total)
 
     def log_density(self, log_sigma: FloatArray, log_omega: FloatArray) -> FloatArray:
-        """Return the log density of (log sigma, log omega) under each draw's prior, shapes broadcast."""
-        a = (log_sigma - self.sigma_mean) / self.sigma_sd
-        b = (log_omega - self.omega_mean) / self.omega_sd
-        return np.asarray(-0.5 * (a * a + b * b) - np.log(2 * np.pi * self.sigma_sd * self.omega_sd))
+        """Return the log density of (log sigma, log omega) under each draw's prior, shapes (S,)."""
+        return self.sigma.log_density(log_sigma) + self.omega.log_density(log_omega)
 
-    def table(self, log_sigma: FloatArray, log_omega: FloatArray) -> FloatArray:
-        """Return the log density at G points under each draw's prior, shape (S, G): one matrix product."""
-        a, b = 1 / self.sigma_sd**2, 1 / self.omega_sd**2
-        of_draw = np.column_stack([-a / 2, a * self.sigma_mean, -b / 2, b * self.omega_mean])
-        at_points = np.array([log_sigma**2, log_sigma, log_omega**2, log_omega])
-        constant = -0.5 * (a * self.sigma_mean**2 + b * self.omega_mean**2) - np.log(2 * np.pi * self.sigma_sd * self.omega_sd)
-        return np.asarray(of_draw @ at_points + constant[:, None])
-
-    def thinned(self, draws: int) -> ErrorPrior:
-        """Return about so many of the priors, evenly spaced."""
-        keep = np.unique(np.linspace(0, len(self.sigma_mean) - 1, draws).astype(int))
-        return ErrorPrior(self.sigma_mean[keep], self.sigma_sd[keep], self.omega_mean[keep], self.omega_sd[keep])
+    def average(self, log_sigma: FloatArray, log_omega: FloatArray) -> FloatArray:
+        """Return about the log density averaged over draws, shapes (G,)."""
+        return self.sigma.average(log_sigma) + self.omega.average(log_omega)
 
 
 @dataclass(frozen=True)
@@ -146,40 +151,31 @@ def propose(
         Of the drift in the variance sigma^2 + multiplier omega^2 that the rows know best.
     rng : Generator
     """
-    few, axes = prior.thinned(_PRIOR_DRAWS), _Axes(multiplier)
+    axes = _Axes(multiplier)
 
     def average(log_sigma: FloatArray, log_omega: FloatArray) -> FloatArray:
-        logs = few.table(log_sigma, log_omega)
-        top = logs.max(axis=0)
-        return np.asarray(log_likelihood(log_sigma, log_omega) + top + np.log(np.exp(logs - top).mean(axis=0)))
+        return log_likelihood(log_sigma, log_omega) + prior.average(log_sigma, log_omega)
 
     box = _box(average, axes, axes.places(*map(np.asarray, start)))
     step = (box[:, 1] - box[:, 0]) / (np.array(_FINE) - 1)
-    points = axes.mesh(box, _FINE)
-    logs = prior.table(*points) + log_likelihood(*points)
-    logs -= logs.max(axis=1, keepdims=True)
-    count = len(logs)
+    logs = average(*axes.mesh(box, _FINE))
     # Zero all around: beyond its outermost points the interpolated density falls to nothing within one step.
-    table = np.zeros((count, _FINE[0] + 2, _FINE[1] + 2))
-    table[:, 1:-1, 1:-1] = np.exp(logs, out=logs).reshape(count, *_FINE)
-    summed = np.cumsum(logs, axis=1)
-    total = summed[:, -1]
-    node = np.minimum((summed < (rng.random(count) * total)[:, None]).sum(axis=1), logs.shape[1] - 1)
+    table = np.pad(np.exp(logs - logs.max()).reshape(_FINE), 1)
+    summed, count = np.cumsum(table[1:-1, 1:-1]), len(prior)
+    node = np.minimum(np.searchsorted(summed, rng.random(count) * summed[-1], side="right"), len(summed) - 1)
     # The sum of two uniforms is a triangle, which is what linear interpolation spreads around a point.
     nodes = np.array(np.unravel_index(node, _FINE), dtype=float)
     log_sigma, log_omega = axes.errors(
         *(box[:, :1] + step[:, None] * (nodes + rng.random((2, count)) + rng.random((2, count)) - 1.0))
     )
-    aside = rng.random(count) < _FROM_PRIOR
-    log_sigma = np.where(aside, prior.sigma_mean + prior.sigma_sd * rng.standard_normal(count), log_sigma)
-    log_omega = np.where(aside, prior.omega_mean + prior.omega_sd * rng.standard_normal(count), log_omega)
+    aside = np.flatnonzero(rng.random(count) < _FROM_PRIOR)
+    own = prior[aside]
+    log_sigma[aside], log_omega[aside] = own.sigma.sample(rng), own.omega.sample(rng)
     place = (axes.places(log_sigma, log_omega) - box[:, :1]) / step[:, None] + 1.0
     inside = ((place >= 0) & (place < np.array(_FINE)[:, None] + 1)).all(axis=0)
     place = np.where(inside, place, 0.0)
     (i, j), (u, v) = place.astype(int), place % 1.0
-    every = np.arange(count)
-    height = (1 - u) * ((1 - v) * table[every, i, j] + v * table[every, i, j + 1])
-    height += u * ((1 - v) * table[every, i + 1, j] + v * table[every, i + 1, j + 1])
+    height = (1 - u) * ((1 - v) * table[i, j] + v * table[i, j + 1]) + u * ((1 - v) * table[i + 1, j] + v * table[i + 1, j + 1])
     log_prior = prior.log_density(log_sigma, log_omega)
-    density = (1 - _FROM_PRIOR) * np.where(inside, height, 0.0) / (total * step.prod()) + _FROM_PRIOR * np.exp(log_prior)
+    density = (1 - _FROM_PRIOR) * np.where(inside, height, 0.0) / (summed[-1] * step.prod()) + _FROM_PRIOR * np.exp(log_prior)
     return Proposed(log_sigma, log_omega, log_prior, np.log(density))

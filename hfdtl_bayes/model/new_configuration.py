@@ -13,11 +13,12 @@ from hfdtl_bayes.configuration import ServingConfiguration
 from hfdtl_bayes.errors import InputError
 from hfdtl_bayes.model.diagnostics import Convergence
 from hfdtl_bayes.model.error_grid import ErrorPrior
+from hfdtl_bayes.model.error_population import ErrorPopulation
 from hfdtl_bayes.model.exact import ExactDensity, Information, population_loading
 from hfdtl_bayes.model.layout import hardware_index
 from hfdtl_bayes.model.posterior import LatencyPosterior
 from hfdtl_bayes.model.priors import deviation_scale
-from hfdtl_bayes.model.scale_moves import move_group_sds, move_population
+from hfdtl_bayes.model.scale_moves import move_group_sds
 from hfdtl_bayes.statistics import ConfigStatistics
 
 FloatArray = NDArray[np.float64]
@@ -174,14 +175,10 @@ class NewConfiguration:
         precision = np.linalg.inv(covariance / (scale[:, None] * scale))
         precision = 0.5 * (precision + np.swapaxes(precision, 1, 2))
         vector = (precision @ mean[..., None])[..., 0]
-        errors = ErrorPrior(np.log(populations[0]), populations[1], *self._drift_prior(*populations[2:]))
+        errors = ErrorPrior.given(scales["sigma"], scales["omega"], self.donors.priors)
         return ScalePool(
             parent, scales, x, precision, vector, (mean * vector).sum(axis=1), np.linalg.slogdet(precision)[1], errors
         )  # fmt: skip
-
-    def _drift_prior(self, typical: FloatArray, spread: FloatArray) -> tuple[FloatArray, FloatArray]:
-        # Without drift omega is drawn from a prior of its own, enters nothing and is dropped.
-        return (np.log(typical), spread) if self.has_drift else (np.zeros(len(typical)), np.ones(len(typical)))
 
     @property
     def has_drift(self) -> bool:
@@ -208,15 +205,15 @@ class NewConfiguration:
 def move_scales(
     own: dict[str, FloatArray], statistics: Sequence[ConfigStatistics], donors: LatencyPosterior, rng: np.random.Generator
 ) -> dict[str, FloatArray]:
-    """Return draws by name with tau, hardware_share and the populations of noise and drift moved given everything else.
+    """Return draws by name with tau and hardware_share moved and the populations of noise and drift drawn anew, given all the rest.
 
     With donors discounted tau and hardware_share stay: their conditional then depends on rows, and to stay is a move that leaves any
     posterior as it is.
     """
     priors, scale = donors.priors, deviation_scale(donors.feature_set)
-    population = np.concatenate([own[n] for n in ("beta", "gamma", "delta") if n in own], axis=1)
+    shared = np.concatenate([own[n] for n in ("beta", "gamma", "delta") if n in own], axis=1)
     loading = np.array([population_loading(donors.feature_set, s.config_row) for s in statistics])
-    centre = (population @ loading.reshape(-1, population.shape[1]).T).reshape(len(population), len(statistics), -1)
+    centre = (shared @ loading.reshape(-1, shared.shape[1]).T).reshape(len(shared), len(statistics), -1)
     deviations = own["theta"] - centre - own["hardware_effect"][:, hardware_index(statistics)]
     if not priors.discounts:
         tau, share = move_group_sds(
@@ -225,6 +222,6 @@ def move_scales(
         own = own | {"tau": tau, "hardware_share": share}
     for name, middle, spread in (("sigma", priors.noise, priors.noise_spread), ("omega", priors.drift, priors.drift_spread)):
         if middle is not None:
-            typical, between = f"{name}_typical", f"{name}_spread"
-            own[typical], own[between] = move_population(own[name], own[between], middle, spread, rng)
+            population = ErrorPopulation.of(own[name], middle, spread)
+            own[f"{name}_typical"], own[f"{name}_spread"] = population.draw(rng)
     return own

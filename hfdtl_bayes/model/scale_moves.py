@@ -1,8 +1,7 @@
 """Moves of the scales given the coefficients, for many draws at once: what parts copies of one draw from each other.
 
-Given (beta, gamma, delta, w, theta) the group sds, their common share, and the populations of noise and drift have full conditionals
-of one dimension, which a few Metropolis steps or an exact draw leave as they are. Each draw moves on its own; no row is read.
-After Gilks & Berzuini (2001), doi:10.1111/1467-9868.00280.
+Given (beta, gamma, delta, w, theta) the group sds and their common share have full conditionals of one dimension, which a few Metropolis
+steps leave as they are. Each draw moves on its own; no row is read. After Gilks & Berzuini (2001), doi:10.1111/1467-9868.00280.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import expit, log_expit, logit
 
-from hfdtl_bayes.model.priors import PositiveRange, PriorSettings
+from hfdtl_bayes.model.priors import PriorSettings
 
 FloatArray = NDArray[np.float64]
 
@@ -29,7 +28,7 @@ def _metropolis(
     for _ in range(_STEPS):
         new = at + width * rng.standard_normal(at.shape)
         new_value = log_density(new)
-        taken = np.log(rng.random(at.shape)) < new_value - value
+        taken = -rng.standard_exponential(at.shape) < new_value - value
         at, value = np.where(taken, new, at), np.where(taken, new_value, value)
     return at
 
@@ -87,39 +86,3 @@ def move_group_sds(
 
         odds = _metropolis(of_log_odds, odds, 2.4 / np.sqrt(1 + 0.25 * k * min(count, kinds)), rng)
     return tau, np.asarray(expit(odds))
-
-
-def move_population(
-    values: FloatArray,
-    spread: FloatArray,
-    typical_prior: PositiveRange,
-    spread_prior: PositiveRange,
-    rng: np.random.Generator,
-) -> tuple[FloatArray, FloatArray]:
-    """Move the typical value and the spread of noise, or of drift, given each configuration's.
-
-    Parameters
-    ----------
-    values : ndarray, shape (N, C)
-    spread : ndarray, shape (N,)
-    typical_prior, spread_prior : PositiveRange
-    rng : Generator
-
-    Returns
-    -------
-    typical, spread : ndarray, shape (N,)
-    """
-    logs, count = np.log(values), values.shape[1]
-    log_spread, middle = np.log(spread), np.zeros(len(spread))
-    for _ in range(2):
-        precision = 1 / typical_prior.log_sd**2 + count * np.exp(-2 * log_spread)
-        mean = (typical_prior.log_mean / typical_prior.log_sd**2 + logs.sum(axis=1) * np.exp(-2 * log_spread)) / precision
-        middle = mean + rng.standard_normal(len(mean)) / np.sqrt(precision)
-        square = ((logs - middle[:, None]) ** 2).sum(axis=1)
-
-        def log_density(u: FloatArray, square: FloatArray = square) -> FloatArray:
-            prior = -0.5 * ((u - spread_prior.log_mean) / spread_prior.log_sd) ** 2
-            return np.asarray(prior - count * u - 0.5 * square * np.exp(-2 * u))
-
-        log_spread = _metropolis(log_density, log_spread, 2.4 / np.sqrt(1 / spread_prior.log_sd**2 + 2 * count), rng)
-    return np.asarray(np.exp(middle)), np.asarray(np.exp(log_spread))

@@ -349,9 +349,7 @@ def left_out_score(donors: LatencyPosterior, left_out: ConfigStatistics, *, seed
     own = ExactDensity([left_out], donors.feature_set, donors.priors).info
     if not drift:
         own = Information(own.gram, own.target, own.square, own.count, np.zeros_like(own.multiplier), own.reference)
-    one = np.ones(len(tau))
-    errors = (np.log(populations[2]), populations[3]) if drift else (0.0 * one, one)
-    prior = ErrorPrior(np.log(populations[0]), populations[1], *errors)
+    prior = ErrorPrior.given(sigmas, omegas, donors.priors)
     centre, wide = mean.mean(axis=0), covariance.mean(axis=0) + np.cov(mean.T)
 
     def likely(log_sigma: FloatArray, log_omega: FloatArray) -> FloatArray:
