@@ -265,7 +265,7 @@ def test_gate_follows_the_thresholds(tmp_path: Path):
 
 
 def test_every_threshold_is_an_option():
-    words = ("posterior_file", "store", "config", "gate", "seed", "as_json")
+    words = ("posterior_file", "store", "config", "gate", "calibration_only", "seed", "as_json")
     assert {f.name for f in dataclasses.fields(VerdictSettings)} == set(inspect.signature(verdict_command).parameters) - set(
         words
     )

@@ -270,6 +270,7 @@ def _command(store: TraceStore, out: Path, found: Verdict, posterior: LatencyPos
     traces, steps = (shlex.quote(str(p)) for p in (store.path, store.path / found.config_id / "steps.parquet"))
     target = shlex.quote(found.config_id)
     donors, fitted = (shlex.quote(str(out / name)) for name in ("donors.nc", "target.nc"))
+    assert found.held_out is not None
     worst = str(found.held_out.by_regime["mape"].idxmax())
     again = f"hfdtl-bayes calibrate {donors} {traces} --config {target} --out {fitted} --regimes"
     every = shlex.quote(",".join((*posterior.donors, found.config_id)))
@@ -320,6 +321,7 @@ def _draw(folder: Path, summary: TargetSummary, donors: LatencyPosterior, seed: 
         )
 
     def accuracy(narrow: bool) -> Figure:
+        assert verdict.held_out is not None
         attainable = verdict.held_out.attainable_mape
         return accuracy_figure(summary.comparison.mape, attainable, limit=verdict.limit, narrow=narrow)
 

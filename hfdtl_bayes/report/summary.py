@@ -14,7 +14,7 @@ from hfdtl_bayes.report.comparison import ALL, CALIBRATED, METHODS, Comparison
 from hfdtl_bayes.report.figures import PALETTE, coefficient_intervals
 from hfdtl_bayes.report.html import Html, element, inline_svg, join, page, table
 from hfdtl_bayes.report.style import stylesheet
-from hfdtl_bayes.transfer import Outcome, Verdict
+from hfdtl_bayes.transfer import Outcome, Status, Verdict
 
 _ANSWERS: dict[Outcome, tuple[str, str, str]] = {
     Outcome.ACCEPT: ("yes", "Yes", "for traffic like the held-out traffic"),
@@ -22,7 +22,10 @@ _ANSWERS: dict[Outcome, tuple[str, str, str]] = {
     Outcome.EXPAND_RESIDUAL: ("no", "No", "the model lacks something this target does"),
     Outcome.RETRAIN_AS_DONOR: ("no", "No", "the target is unlike its donors"),
     Outcome.SAMPLE_AGAIN: ("no", "Cannot say", "the sampler has not converged"),
+    Outcome.CANNOT_SAY: ("wait", "Cannot say", "what a verdict needs is not there"),
 }
+
+_RESULTS = {Status.PASS: "passed", Status.WARN: "note", Status.FAIL: "FAILED", Status.CANNOT_SAY: "cannot say"}
 
 
 @dataclass(frozen=True)
@@ -105,6 +108,7 @@ def summary_page(summary: TargetSummary) -> str:
 
 def _first_screen(summary: TargetSummary) -> Sequence[Html]:
     verdict, held = summary.verdict, summary.verdict.held_out
+    assert held is not None, "a summary is of a target judged on held-out rows"
     tone, said, why = answer(verdict)
     configuration = summary.posterior.configuration(verdict.config_id)
     target = (
@@ -196,7 +200,7 @@ def _accuracy(comparison: Comparison) -> Html:
 
 
 def _checks(verdict: Verdict) -> Html:
-    rows = [[c.name, "passed" if c.passed else "FAILED", c.message] for c in verdict.checks]
+    rows = [[c.name, _RESULTS[c.status], c.message] for c in verdict.checks]
     return element("div", table(["check", "result", "found"], rows), class_="words")
 
 

@@ -7,7 +7,16 @@ from hfdtl_bayes.transfer.baselines import (
     ridge_cv,
     scratch_coefficients,
 )
-from hfdtl_bayes.transfer.calibration import calibrate, fit_donors, held_out_rows, read_trace, select_rows, usable_rows
+from hfdtl_bayes.transfer.calibration import (
+    calibrate,
+    calibration_rows_of,
+    fit_donors,
+    held_out_rows,
+    read_trace,
+    select_rows,
+    usable_rows,
+)
+from hfdtl_bayes.transfer.checks import Check, Status
 from hfdtl_bayes.transfer.conditioning import CALIBRATION_ENGINES, calibrate_statistics
 from hfdtl_bayes.transfer.conflict import Conflict, population_conflict
 from hfdtl_bayes.transfer.crps import crps, crps_of_draws, crps_of_normals
@@ -25,7 +34,7 @@ from hfdtl_bayes.transfer.scores import (
 )
 from hfdtl_bayes.transfer.streaming import TargetStream
 from hfdtl_bayes.transfer.variance import VarianceSources, variance_sources
-from hfdtl_bayes.transfer.verdict import Check, Outcome, Verdict, VerdictSettings, verdict
+from hfdtl_bayes.transfer.verdict import Outcome, Verdict, VerdictSettings, verdict
 
 __all__ = [
     "CALIBRATION_ENGINES",
@@ -34,6 +43,7 @@ __all__ = [
     "HeldOut",
     "Outcome",
     "RidgeRecipe",
+    "Status",
     "TargetStream",
     "VarianceSources",
     "Verdict",
@@ -43,6 +53,7 @@ __all__ = [
     "calibrate",
     "calibrate_ridge",
     "calibrate_statistics",
+    "calibration_rows_of",
     "compare_fits",
     "compare_likelihoods",
     "crps",

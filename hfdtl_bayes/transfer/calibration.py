@@ -257,6 +257,25 @@ def calibrate(
     return replace(fitted, calibration_rows=rows.index.to_numpy(dtype=np.int64))
 
 
+def calibration_rows_of(posterior: LatencyPosterior, frame: pd.DataFrame) -> pd.DataFrame:
+    """Return those of a target's usable rows that it was calibrated on.
+
+    Raises
+    ------
+    InputError
+        If it is not known which they are, or the frame does not hold them.
+    """
+    target = next((s for s in posterior.statistics if s.config_id == posterior.target), None)
+    if target is not None and not len(posterior.calibration_rows):
+        raise InputError(
+            f"which rows {posterior.target!r} was calibrated on is not known: it was calibrated from statistics, of {target.rows} rows. "
+            "Judge it on a recording made since with `evaluate`, or calibrate it on rows in memory"
+        )
+    rows = frame[frame.index.isin(posterior.calibration_rows)]
+    _require_unchanged(posterior, rows)
+    return rows
+
+
 def held_out_rows(
     posterior: LatencyPosterior, frame: pd.DataFrame, block_length: int | None = None
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -274,20 +293,13 @@ def held_out_rows(
     InputError
         If no block is left to judge with, or the frame does not hold the rows that were calibrated on.
     """
-    target = next((s for s in posterior.statistics if s.config_id == posterior.target), None)
-    if target is not None and not len(posterior.calibration_rows):
-        raise InputError(
-            f"which rows {posterior.target!r} was calibrated on is not known: it was calibrated from statistics, of {target.rows} rows. "
-            "Judge it on a recording made since with `evaluate`, or calibrate it on rows in memory"
-        )
-    used = frame.index.isin(posterior.calibration_rows)
-    _require_unchanged(posterior, frame[used])
+    used = frame.index.isin(calibration_rows_of(posterior, frame).index)
     blocks = time_blocks(frame, block_length or fitted_block_length(posterior, posterior.target))
     aside = ~np.isin(blocks, np.unique(blocks[used]))
     if not aside.any():
         raise InputError(
             f"every time block of {posterior.target!r} holds rows it was calibrated on, so none is left to judge with; calibrate on "
-            "some regimes or on the first rows only (--regimes, --max-rows)"
+            "some regimes or on the first rows only (--regimes, --max-rows), or judge by the calibration rows alone (--calibration-only)"
         )
     return frame[used], frame[aside]
 
