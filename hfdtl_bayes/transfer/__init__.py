@@ -20,6 +20,7 @@ from hfdtl_bayes.transfer.checks import Check, Status
 from hfdtl_bayes.transfer.conditioning import CALIBRATION_ENGINES, calibrate_statistics
 from hfdtl_bayes.transfer.conflict import Conflict, population_conflict
 from hfdtl_bayes.transfer.crps import crps, crps_of_draws, crps_of_normals
+from hfdtl_bayes.transfer.delays import DelayScores, WaitRule, calibrate_delays, score_delays
 from hfdtl_bayes.transfer.evaluation import HeldOut, attainable_mape, evaluate
 from hfdtl_bayes.transfer.scores import (
     block_log_density,
@@ -40,6 +41,7 @@ __all__ = [
     "CALIBRATION_ENGINES",
     "Check",
     "Conflict",
+    "DelayScores",
     "HeldOut",
     "Outcome",
     "RidgeRecipe",
@@ -48,9 +50,11 @@ __all__ = [
     "VarianceSources",
     "Verdict",
     "VerdictSettings",
+    "WaitRule",
     "attainable_mape",
     "block_log_density",
     "calibrate",
+    "calibrate_delays",
     "calibrate_ridge",
     "calibrate_statistics",
     "calibration_rows_of",
@@ -72,6 +76,7 @@ __all__ = [
     "read_trace",
     "ridge_cv",
     "row_log_density",
+    "score_delays",
     "scratch_coefficients",
     "select_rows",
     "usable_rows",
