@@ -118,6 +118,20 @@ def test_draws_agree_with_those_of_joint_refits_of_all_kinds() -> None:
     agree(tuple(TARGETS))
 
 
+def test_what_is_kept_of_a_draw_is_that_of_the_density_however_many_there_are() -> None:
+    """Draws are eliminated in parts, the last of them shorter."""
+    data, (donors, _, _) = TARGETS[FAST[0]](), pair(FAST[0])
+    prior = NewConfiguration(donors, data.configurations[-1])
+    stride, chosen = 5, np.array([0, 249, 250, 799])
+    pool, scale = prior.pool(stride, 1), prior.density.scale
+    mean, covariance = prior.density.predictive(pool.x[chosen], prior.configuration)
+    np.testing.assert_allclose(np.linalg.inv(pool.precision[chosen]), covariance / np.outer(scale, scale), rtol=1e-6, atol=1e-12)
+    solved = np.linalg.solve(pool.precision[chosen], pool.vector[chosen][..., None])[..., 0]
+    np.testing.assert_allclose(solved, mean / scale, rtol=1e-6, atol=1e-9)
+    expected = prior.density.covariance_with(pool.x[chosen], prior.configuration)["population"] / scale
+    np.testing.assert_allclose(prior.gains(stride, 1, chosen)[:, : expected.shape[1]], expected, rtol=1e-9)
+
+
 # --- Brute force: dense Gaussians, quadrature over noise and drift. ---
 
 

@@ -48,6 +48,9 @@ from hfdtl_bayes.statistics import ConfigStatistics
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
 
+_FEWEST_EFFECTIVE = 0.4
+"""Share of the effective draws asked for below which copies have not been seen to make up for what is missing."""
+
 
 @dataclass(frozen=True)
 class ConditionalSettings:
@@ -135,9 +138,11 @@ def condition(
     weighed = _weigh(prior, rows, reference, start, (stride, 1), kept, seed)
     if stride > 1 and weighed.effective < settings.min_effective:
         weighed = _weigh(prior, rows, reference, start, (1, 1), kept, seed)
-    needed = int(np.ceil(1.7 * settings.min_effective / weighed.effective))
-    if weighed.effective < settings.min_effective <= total and needed <= settings.max_copies:
-        weighed = _weigh(prior, rows, reference, start, (1, needed), kept, seed)
+    short = settings.min_effective / weighed.effective
+    if short > 1 and settings.min_effective <= total and short * _FEWEST_EFFECTIVE <= 1 and settings.max_copies > 1:
+        # Copies differ in scales given coefficients only, so each adds less than the one before.
+        copies = min(settings.max_copies, int(np.ceil(1.7 * short**3)))
+        weighed = _weigh(prior, rows, reference, start, (1, copies), kept, seed)
     variables = _variables(prior, own, weighed, reference, np.random.default_rng([seed, 8]))
     converged = prior.convergence
     used = len(weighed.pool.parent) // weighed.key[1]

@@ -27,6 +27,8 @@ IntArray = NDArray[np.int64]
 GAUSSIAN_ENGINES = ("exact", "pymc")
 """Engines whose draws are of the model with Gaussian errors, which the closed forms here are of."""
 
+_AT_ONCE = 250
+"""Draws eliminated at once: the arrays of more do not stay in the processor's cache, and each takes twice as long."""
 _POPULATIONS = ("sigma_typical", "sigma_spread", "omega_typical", "omega_spread")
 
 
@@ -104,6 +106,10 @@ class ScalePool:
         )  # fmt: skip
 
 
+def _in_parts(x: FloatArray) -> list[FloatArray]:
+    return [x[i : i + _AT_ONCE] for i in range(0, len(x), _AT_ONCE)]
+
+
 class NewConfiguration:
     """What a fit of donors says of one configuration it has not seen: everything of the update that no row enters.
 
@@ -169,7 +175,8 @@ class NewConfiguration:
             scales = {n: moved[n] for n in scales}
         populations = [scales[n] for n in _POPULATIONS]
         x = self.density.join(scales["tau"], scales["hardware_share"], scales["sigma"], scales["omega"], populations)
-        mean, covariance = self.density.predictive(x, self.configuration)
+        parts = [self.density.predictive(few, self.configuration) for few in _in_parts(x)]
+        mean, covariance = (np.concatenate(each) for each in zip(*parts, strict=True))
         scale = self.density.scale
         mean = mean / scale
         precision = np.linalg.inv(covariance / (scale[:, None] * scale))
@@ -188,8 +195,11 @@ class NewConfiguration:
     def _gains(self, x: FloatArray) -> FloatArray:
         """Return covariances of everything fitted with theta / scale, shape (N, rows, K): population, hardware, donors."""
         k = self.density.count_coef
-        parts = self.density.covariance_with(x, self.configuration)
-        return np.concatenate([v.reshape(len(x), -1, k) for v in parts.values()], axis=1) / self.density.scale
+        found = []
+        for few in _in_parts(x):
+            parts = self.density.covariance_with(few, self.configuration)
+            found.append(np.concatenate([v.reshape(len(few), -1, k) for v in parts.values()], axis=1) / self.density.scale)
+        return np.concatenate(found)
 
     def gains(self, stride: int, copies: int, chosen: IntArray) -> FloatArray:
         """Return `_gains` of chosen draws of a pool; of a pool without copies all are kept."""
