@@ -28,11 +28,14 @@ if TYPE_CHECKING:
     from hfdtl_bayes.statistics import statistics_from_rows
     from hfdtl_bayes.traces import TraceStore, read_requests, read_steps, write_store
     from hfdtl_bayes.transfer import (
+        CrossValidationSettings,
         VerdictSettings,
         calibrate,
+        cross_validate,
         evaluate,
         fit_donors,
         held_out_rows,
+        rank_donors,
         usable_rows,
         variance_sources,
         verdict,
@@ -42,6 +45,7 @@ __version__: str
 
 # Where each public name lives; kept equal to the imports above by a test.
 _HOME = {
+    "CrossValidationSettings": "transfer",
     "Feature": "features",
     "FeatureSet": "features",
     "HfdtlError": "errors",
@@ -57,6 +61,7 @@ _HOME = {
     "blis_yaml": "export",
     "calibrate": "transfer",
     "configuration_from_huggingface": "configuration",
+    "cross_validate": "transfer",
     "evaluate": "transfer",
     "feature_set": "features",
     "fit": "model",
@@ -65,6 +70,7 @@ _HOME = {
     "held_out_rows": "transfer",
     "operating_points": "features",
     "prior_predictive": "model",
+    "rank_donors": "transfer",
     "read_configuration": "configuration",
     "read_priors": "model",
     "read_requests": "traces",
@@ -81,6 +87,7 @@ _HOME = {
 }
 
 __all__ = [
+    "CrossValidationSettings",
     "Feature",
     "FeatureSet",
     "HfdtlError",
@@ -97,6 +104,7 @@ __all__ = [
     "blis_yaml",
     "calibrate",
     "configuration_from_huggingface",
+    "cross_validate",
     "evaluate",
     "feature_set",
     "fit",
@@ -105,6 +113,7 @@ __all__ = [
     "held_out_rows",
     "operating_points",
     "prior_predictive",
+    "rank_donors",
     "read_configuration",
     "read_priors",
     "read_requests",

@@ -9,6 +9,8 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from hfdtl_bayes.cli.cross_validation import cross_validate
+from hfdtl_bayes.cli.donor_choice import choose_donors
 from hfdtl_bayes.cli.export import export
 from hfdtl_bayes.cli.fit import calibrate, fit
 from hfdtl_bayes.cli.inspection import inspect
@@ -98,6 +100,8 @@ app.command()(fit)
 app.command()(calibrate)
 app.command()(predict)
 app.command()(verdict)
+app.command()(cross_validate)
+app.command()(choose_donors)
 app.command()(export)
 app.command()(inspect)
 app.command()(priors)

@@ -9,6 +9,7 @@ from hfdtl_bayes.report.figures import (
     figure_svg,
     save_figure,
 )
+from hfdtl_bayes.report.learning_curve import learning_curve_figure
 from hfdtl_bayes.report.summary import TargetSummary, answer, summary_page
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "coefficient_intervals",
     "compare",
     "figure_svg",
+    "learning_curve_figure",
     "mape_by_regime",
     "save_figure",
     "summary_page",

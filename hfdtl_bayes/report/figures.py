@@ -79,7 +79,8 @@ _STYLE = {
 
 
 @contextmanager
-def _style() -> Iterator[None]:
+def figure_style() -> Iterator[None]:
+    """Draw within the style of all figures; matplotlib's own settings come back afterwards."""
     with mpl.rc_context(_STYLE):  # type: ignore[arg-type]  # matplotlib's stubs want a literal of its thousand keys
         yield
 
@@ -87,7 +88,7 @@ def _style() -> Iterator[None]:
 def save_figure(figure: Figure, path: Path) -> Path:
     """Write a figure in the format its suffix names, atomically and without a date: the same figure is the same file."""
     kind = path.suffix.removeprefix(".")
-    with atomic(path) as part, _style():
+    with atomic(path) as part, figure_style():
         figure.savefig(part, format=kind, dpi=160, metadata={"Date": None} if kind == "svg" else {"Software": None})
     return path
 
@@ -95,7 +96,7 @@ def save_figure(figure: Figure, path: Path) -> Path:
 def figure_svg(figure: Figure) -> str:
     """Return a figure as an SVG document with a transparent background, for a page to embed."""
     stream = io.StringIO()
-    with _style():
+    with figure_style():
         figure.savefig(stream, format="svg", metadata={"Date": None}, transparent=True)
     return stream.getvalue()
 
@@ -134,7 +135,7 @@ def block_mean_figure(
     if calibration_rows is not None and len(calibration_rows):
         seen = block_means(calibration_rows, configuration, posterior, block_length=block_length, seed=seed)
     offset = 0 if seen is None else len(seen[0]) + 1
-    with _style():
+    with figure_style():
         figure = Figure(figsize=(4.4, 4.4) if narrow else (9.0, 4.0), layout="constrained")
         axes = figure.subplots()
         x = np.arange(len(measured)) + offset
@@ -209,7 +210,7 @@ def accuracy_figure(mape: pd.DataFrame, attainable_mape: float, *, limit: float 
         Shape for a phone.
     """
     columns = [str(c) for c in mape.columns]
-    with _style():
+    with figure_style():
         figure = Figure(
             figsize=(4.4, 1.9 + 0.36 * len(columns)) if narrow else (9.0, 1.5 + 0.34 * len(columns)), layout="constrained"
         )
@@ -276,7 +277,7 @@ def coefficient_figure(posterior: LatencyPosterior, config_id: str | None = None
     chosen = config_id or posterior.target or posterior.config_ids[-1]
     table = coefficient_intervals(posterior, chosen)
     others = [c for c in posterior.config_ids if c != chosen]
-    with _style():
+    with figure_style():
         height = 0.46 * len(table) + 1.35
         figure = Figure(figsize=(4.4, height + 0.5) if narrow else (9.0, height), layout="constrained")
         axes = figure.subplots()

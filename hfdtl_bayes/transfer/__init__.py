@@ -19,9 +19,13 @@ from hfdtl_bayes.transfer.calibration import (
 from hfdtl_bayes.transfer.checks import Check, Status
 from hfdtl_bayes.transfer.conditioning import CALIBRATION_ENGINES, calibrate_statistics
 from hfdtl_bayes.transfer.conflict import Conflict, population_conflict
+from hfdtl_bayes.transfer.cross_validation import CrossValidation, CrossValidationSettings, cross_validate
 from hfdtl_bayes.transfer.crps import crps, crps_of_draws, crps_of_normals
 from hfdtl_bayes.transfer.delays import DelayScores, WaitRule, calibrate_delays, score_delays
+from hfdtl_bayes.transfer.donor_choice import DonorChoiceSettings, DonorRanking, rank_donors
 from hfdtl_bayes.transfer.evaluation import HeldOut, attainable_mape, evaluate
+from hfdtl_bayes.transfer.folds import LEAVE_OUT, Fold, Skipped
+from hfdtl_bayes.transfer.held_out_score import held_out_score
 from hfdtl_bayes.transfer.scores import (
     block_log_density,
     compare_fits,
@@ -34,19 +38,28 @@ from hfdtl_bayes.transfer.scores import (
     row_log_density,
 )
 from hfdtl_bayes.transfer.streaming import TargetStream
+from hfdtl_bayes.transfer.transfer_error import TransferError
 from hfdtl_bayes.transfer.variance import VarianceSources, variance_sources
 from hfdtl_bayes.transfer.verdict import Outcome, Verdict, VerdictSettings, verdict
 
 __all__ = [
     "CALIBRATION_ENGINES",
+    "LEAVE_OUT",
     "Check",
     "Conflict",
+    "CrossValidation",
+    "CrossValidationSettings",
     "DelayScores",
+    "DonorChoiceSettings",
+    "DonorRanking",
+    "Fold",
     "HeldOut",
     "Outcome",
     "RidgeRecipe",
+    "Skipped",
     "Status",
     "TargetStream",
+    "TransferError",
     "VarianceSources",
     "Verdict",
     "VerdictSettings",
@@ -60,6 +73,7 @@ __all__ = [
     "calibration_rows_of",
     "compare_fits",
     "compare_likelihoods",
+    "cross_validate",
     "crps",
     "crps_of_draws",
     "crps_of_normals",
@@ -67,12 +81,14 @@ __all__ = [
     "fit_donors",
     "fit_ridge_donors",
     "held_out_rows",
+    "held_out_score",
     "leave_one_configuration_out",
     "left_out_score",
     "loo_blocks",
     "loo_rows",
     "marginal_log_density",
     "population_conflict",
+    "rank_donors",
     "read_trace",
     "ridge_cv",
     "row_log_density",

@@ -1,0 +1,176 @@
+"""What any subset of donors says of targets, in closed form: the expected relative error of their expected step time.
+
+Given the scales (tau, rho, sigma, omega) the population model is linear and Gaussian, and the covariance of a new configuration's
+coefficients depends on which donors there are and on their batches, not on what was measured. In the notation of `model.exact`, with
+G1_c what donor c says of its centre once its own deviation is integrated out (computed once for each donor),
+
+    N_h = I + W (sum_c G1_c) W      H_h = sum_c G1_c F_c      Lambda = I + sum_c F_c' G1_c F_c - sum_h H_h' W N_h^-1 W H_h
+    C_t = D^2 + W N_h^-1 W + B Lambda^-1 B'                   B = A_t S - W N_h^-1 W H_h,   h the hardware of target t
+
+where sums run over the donors chosen: thousands of subsets are a few matrix products. For traffic rows x of mean m(x) the expected error is
+E|error| / m = sqrt(2 / pi) sqrt(x' C_t x) / m(x), averaged over traffic, scales and targets. A donor more never makes it larger.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hfdtl_bayes.configuration import ServingConfiguration
+from hfdtl_bayes.features import FeatureSet
+from hfdtl_bayes.model import ExactDensity, PriorSettings
+from hfdtl_bayes.model.exact import population_loading
+from hfdtl_bayes.statistics import ConfigStatistics, config_to_constant
+
+FloatArray = NDArray[np.float64]
+BoolArray = NDArray[np.bool_]
+
+_AT_ONCE = 2**27
+"""Bytes that the matrices of the subsets computed together may take."""
+
+
+@dataclass(frozen=True)
+class DonorScales:
+    """Values of the scales that donors are judged at; S of them.
+
+    Attributes
+    ----------
+    tau : ndarray, shape (S, K)
+    share : ndarray, shape (S,)
+    sigma, omega : ndarray, shape (S, C)
+        Noise and drift of each candidate.
+    """
+
+    tau: FloatArray
+    share: FloatArray
+    sigma: FloatArray
+    omega: FloatArray
+
+
+@dataclass(frozen=True)
+class TargetTraffic:
+    """A target and what it is to be predicted on.
+
+    Attributes
+    ----------
+    configuration : ServingConfiguration
+    rows : ndarray, shape (n, K)
+        Design of its traffic, each row divided by its expected step time.
+    """
+
+    configuration: ServingConfiguration
+    rows: FloatArray
+
+
+class DonorInformation:
+    """What each candidate says of the population, so that any subset of them can be judged.
+
+    Parameters
+    ----------
+    statistics : sequence of ConfigStatistics
+        Of C candidates.
+    features : FeatureSet
+    priors : PriorSettings
+    scales : DonorScales
+    """
+
+    def __init__(
+        self, statistics: Sequence[ConfigStatistics], features: FeatureSet, priors: PriorSettings, scales: DonorScales
+    ) -> None:
+        density = ExactDensity(statistics, features, priors)
+        self.features = features
+        self.population_sd = density.sd
+        self.hardware = density.hardware_names
+        self.membership = density.membership.astype(bool)
+        total = scales.tau * density.scale
+        self.own_sd = np.sqrt(1.0 - scales.share)[:, None] * total
+        self.shared_sd = np.sqrt(scales.share)[:, None] * total
+        info, k = density.info, density.count_coef
+        variance = scales.sigma[..., None] ** 2 + info.multiplier * scales.omega[..., None] ** 2
+        gram = np.vecmat(1.0 / variance, info.gram.reshape(len(statistics), -1, k * k)).reshape(*variance.shape[:2], k, k)
+        column, row = self.own_sd[:, None, :, None], self.own_sd[:, None, None, :]
+        inverse = np.linalg.inv(column * gram * row + np.eye(k))
+        reduced = gram @ (column * inverse / row)
+        counts = np.array([priors.counts(s.config_id) for s in statistics])
+        self.reduced = 0.5 * counts[:, None, None] * (reduced + np.swapaxes(reduced, -1, -2))
+        self.loaded = self.reduced @ density.loading
+        self.squared = np.swapaxes(density.loading, -1, -2) @ self.loaded
+
+    @property
+    def count(self) -> int:
+        """Number of candidates."""
+        return self.membership.shape[1]
+
+    def covariance(self, chosen: BoolArray, configuration: ServingConfiguration) -> FloatArray:
+        """Return the covariance of a new configuration's coefficients, shape (S, M, K, K), in reference units.
+
+        Parameters
+        ----------
+        chosen : ndarray of bool, shape (M, C)
+            Subsets of the candidates.
+        configuration : ServingConfiguration
+        """
+        mask = chosen.astype(float)
+        shared = self.shared_sd[:, None, :, None]
+        s, k, p = len(self.own_sd), self.own_sd.shape[1], self.squared.shape[-1]
+        precision = np.eye(p) + self._summed(mask, self.squared)
+        slope = np.broadcast_to(self._loading(configuration), (s, len(mask), k, p))
+        effect = np.broadcast_to(np.eye(k), (s, len(mask), k, k))
+        for name, inside in zip(self.hardware, self.membership, strict=True):
+            own = mask * inside
+            if not own.any():
+                continue
+            summed = shared * self._summed(own, self.reduced) * np.swapaxes(shared, -1, -2)
+            inverse = np.linalg.inv(np.eye(k) + summed)
+            mapped = shared * self._summed(own, self.loaded)
+            explained = inverse @ mapped
+            precision = precision - np.swapaxes(mapped, -1, -2) @ explained
+            if name == configuration.hardware.name:
+                slope, effect = slope - shared * explained, inverse
+        found = shared * effect * np.swapaxes(shared, -1, -2) + slope @ np.linalg.solve(precision, np.swapaxes(slope, -1, -2))
+        found[..., np.arange(k), np.arange(k)] += self.own_sd[:, None] ** 2
+        return np.asarray(found)
+
+    def errors(self, chosen: BoolArray, targets: Sequence[TargetTraffic]) -> FloatArray:
+        """Return the expected relative error of each target given each subset, shape (M, T).
+
+        Parameters
+        ----------
+        chosen : ndarray of bool, shape (M, C)
+        targets : sequence of TargetTraffic
+        """
+        size = 8 * len(self.own_sd) * (4 * self.squared.shape[-1] ** 2 + max(t.rows.size for t in targets))
+        step = max(1, _AT_ONCE // size)
+        found = np.empty((len(chosen), len(targets)))
+        for start in range(0, len(chosen), step):
+            part = slice(start, start + step)
+            for t, target in enumerate(targets):
+                covariance = self.covariance(chosen[part], target.configuration)
+                variance = ((target.rows @ covariance) * target.rows).sum(axis=-1)
+                found[part, t] = np.sqrt(2.0 / np.pi) * np.sqrt(variance).mean(axis=(0, -1))
+        return found
+
+    def floor(self, targets: Sequence[TargetTraffic]) -> FloatArray:
+        """Return the expected error of each target if population and hardware were known, shape (T,): its own deviation is left."""
+        sds = [np.sqrt((target.rows**2) @ np.swapaxes(self.own_sd**2, 0, 1)).mean() for target in targets]
+        return np.asarray(np.sqrt(2.0 / np.pi) * np.array(sds))
+
+    def by_coefficient(self, chosen: BoolArray, target: TargetTraffic) -> FloatArray:
+        """Return what each coefficient adds to the mean relative variance of a target, shape (M, K); a row adds up to it.
+
+        With Q the mean of x x' / m(x)^2 over traffic, the mean variance is tr(C Q), and coefficient k adds (C Q)_kk.
+        """
+        moment = target.rows.T @ target.rows / len(target.rows)
+        covariance = self.covariance(chosen, target.configuration)
+        return np.asarray((covariance * moment).sum(axis=-1).mean(axis=0))
+
+    def _summed(self, mask: FloatArray, values: FloatArray) -> FloatArray:
+        """Return sums over the candidates chosen, shape (S, M, ...)."""
+        flat = values.reshape(*values.shape[:2], -1)
+        return np.asarray((mask @ flat).reshape(len(values), len(mask), *values.shape[2:]))
+
+    def _loading(self, configuration: ServingConfiguration) -> FloatArray:
+        return population_loading(self.features, config_to_constant(self.features, configuration)) * self.population_sd
