@@ -11,6 +11,7 @@ from typer.core import TyperGroup
 
 from hfdtl_bayes.cli.cross_validation import cross_validate
 from hfdtl_bayes.cli.donor_choice import choose_donors
+from hfdtl_bayes.cli.donors import combine, forget, promote
 from hfdtl_bayes.cli.export import export
 from hfdtl_bayes.cli.fit import calibrate, fit
 from hfdtl_bayes.cli.inspection import inspect
@@ -108,3 +109,6 @@ app.command()(priors)
 app.command()(sensitivity)
 app.command()(statistics)
 app.command()(merge)
+app.command()(promote)
+app.command()(forget)
+app.command()(combine)

@@ -19,6 +19,7 @@ from hfdtl_bayes.cli.options import (
     BlockLength,
     CalibrationEngine,
     Chains,
+    Discounts,
     Draws,
     Engine,
     EngineData,
@@ -54,6 +55,7 @@ def fit(
         str, typer.Option("--features", help="Feature set: roofline, hfdtl, blis-physics, blis-blackbox or a registered one.")
     ] = "roofline",
     priors_file: PriorsFile = None,
+    discounts: Discounts = None,
     max_rows: Annotated[int | None, typer.Option("--max-rows", min=1, help="First rows of each donor to use.")] = None,
     block_length: BlockLength = BLOCK_LENGTH,
     outlier_cutoff: Annotated[
@@ -79,19 +81,22 @@ def fit(
     from hfdtl_bayes.cli.traces import WatchedStore  # noqa: PLC0415  (loaded on first use)
     from hfdtl_bayes.features import feature_set  # noqa: PLC0415
     from hfdtl_bayes.model.prior_files import read_priors  # noqa: PLC0415
-    from hfdtl_bayes.transfer import fit_donors  # noqa: PLC0415
+    from hfdtl_bayes.transfer import discounts_from, fit_donors  # noqa: PLC0415
 
     check_file(out, (priors_file,))
     steps_per_block = block_length_of(block_length)
     watched = WatchedStore(store)
     chosen = feature_set(features, quantity)
     priors, chosen = read_priors(priors_file, chosen) if priors_file else (None, chosen)
+    names = names_in(donors)
+    shares = discounts_from(discounts, [watched.configuration(d) for d in names]) if discounts else {}
     posterior = fit_donors(
         watched,
-        names_in(donors),
+        names,
         chosen,
         quantity,
         priors=priors,
+        discounts=shares,
         max_rows=max_rows,
         block_length=steps_per_block,
         outlier_cutoff=outlier_cutoff,
@@ -210,6 +215,7 @@ def _finish(posterior: LatencyPosterior, watched: WatchedStore, out: Path, descr
         "donors": posterior.donors,
         "target": posterior.target,
         "rows": used,
+        "discounts": dict(posterior.priors.discounts),
         "effective_rows": [asdict(e) for e in worth],
         "downweighted": {s.config_id: {**asdict(s.downweighted), "total_s": s.total_s} for s in posterior.statistics},
         "outlier_cutoff": {s.config_id: s.scaling.cutoff for s in posterior.statistics},
@@ -225,7 +231,7 @@ def _finish(posterior: LatencyPosterior, watched: WatchedStore, out: Path, descr
     accounts = [*map(str, worth), *filter(None, map(outlier_sentence, posterior.statistics))]
     kind = f"{posterior.feature_set.quantity}, features {posterior.feature_set.name}"
     seen = f"{posterior.likelihood} likelihood of rows, {'; '.join(map(str, posterior.rows))}\n" if posterior.rows else ""
-    told = "".join(f"{line}\n" for line in accounts)
+    told = "".join(f"{line}\n" for line in [*accounts, *posterior.priors.discount_sentences()])
     text = (
         f"{table_text(table, f'{kind}: coefficients of {described}')}\n"
         f"rows: {', '.join(f'{c} {n}' for c, n in used.items())}\n{told}{seen}{convergence}\nwrote {out}"

@@ -76,6 +76,7 @@ def _provenance(posterior: LatencyPosterior, path: Path) -> dict[str, Any]:
         "own_priors": list(posterior.feature_set.own_priors),
         "donors": list(posterior.donors),
         "target": posterior.target,
+        "discounts": list(posterior.priors.discount_sentences()),
         "engine": posterior.engine,
         "sampler": posterior.tree["sample_stats"].attrs.get("sampler"),
         "seed": posterior.seed,

@@ -21,6 +21,14 @@ PosteriorFile = Annotated[Path, typer.Argument(help="Posterior file (netCDF) wri
 PriorsFile = Annotated[
     Path | None, typer.Option("--priors", help="YAML of prior ranges; `hfdtl-bayes priors --template` prints one to edit.")
 ]
+Discounts = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--discount",
+        help="DONOR=0.5 counts what the rows of a donor say of the population for half a donor, version<0.20=0.5 that of all donors of an "
+        "older engine; its own coefficients stay sharp. Above 0, at most 1; may be given several times.",
+    ),
+]
 Draws = Annotated[int, typer.Option("--draws", min=50, help="Draws kept per chain.")]
 Tune = Annotated[int, typer.Option("--tune", min=50, help="Draws per chain used to adapt, then dropped.")]
 Chains = Annotated[int, typer.Option("--chains", min=2, help="Chains, from different starting points.")]

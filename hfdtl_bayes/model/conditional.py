@@ -35,7 +35,7 @@ from arviz_stats.base import array_stats
 from numpy.typing import NDArray
 
 from hfdtl_bayes.errors import InputError
-from hfdtl_bayes.model.diagnostics import Reweighting
+from hfdtl_bayes.model.diagnostics import Reweighting, effective_share
 from hfdtl_bayes.model.error_grid import propose
 from hfdtl_bayes.model.exact import ExactDensity, Information
 from hfdtl_bayes.model.layout import check_statistics, posterior_tree
@@ -146,7 +146,9 @@ def condition(
     variables = _variables(prior, own, weighed, reference, np.random.default_rng([seed, 8]))
     converged = prior.convergence
     used = len(weighed.pool.parent) // weighed.key[1]
-    found = Reweighting(weighed.pareto_k, weighed.effective, used, weighed.key[1], str(converged), converged.passed)
+    # Draws that were reweighted before are worth fewer than they are.
+    effective = weighed.effective * effective_share(donors.tree)
+    found = Reweighting(weighed.pareto_k, effective, used, weighed.key[1], str(converged), converged.passed)
     tree = _tree(variables, [*donors.statistics, own], donors, prior.chains, found)
     posterior = LatencyPosterior(tree, donors.feature_set, donors.priors, (*donors.statistics, own), own.config_id, seed)
     return Conditioned(posterior, found, found.reason(settings.max_pareto_k, settings.min_effective))
@@ -182,8 +184,8 @@ def _weigh(
     multiplier = float(rows.multiplier[0, rows.count[0].argmax()])
     errors = propose(lambda a, b: average.factor(rows, a, b)[1], pool.errors, start, multiplier, rng)
     left, log_likelihood = pool.factor(rows, errors.log_sigma, errors.log_omega)
-    weights, pareto_k, effective = _smoothed(errors.log_prior + log_likelihood - errors.log_proposal, prior.chains, key[1])
-    chosen = _resampled(weights, kept, rng)
+    weights, pareto_k, effective = smoothed(errors.log_prior + log_likelihood - errors.log_proposal, prior.chains, key[1])
+    chosen = resampled(weights, kept, rng)
     sigma, omega = np.exp(errors.log_sigma[chosen]), np.exp(errors.log_omega[chosen])
     return _Weighed(pool, key, chosen, sigma, omega, left[chosen], pareto_k, effective)
 
@@ -197,7 +199,7 @@ def scaled_information(own: ConfigStatistics, donors: LatencyPosterior, scale: F
     return scaled, info.reference[0] / scale
 
 
-def _smoothed(log_weights: FloatArray, chains: int, copies: int) -> tuple[FloatArray, float, float]:
+def smoothed(log_weights: FloatArray, chains: int, copies: int) -> tuple[FloatArray, float, float]:
     """Return smoothed weights by chain, shape (chains, N / chains), each summing to one, Pareto k, and the effective draws.
 
     The effective number is of the donors' draws, the weights of copies added up: copies share much of their parent.
@@ -211,7 +213,7 @@ def _smoothed(log_weights: FloatArray, chains: int, copies: int) -> tuple[FloatA
     return by_chain, float(pareto_k), float(1.0 / (parents**2).sum())
 
 
-def _resampled(weights: FloatArray, draws: int, rng: np.random.Generator) -> IntArray:
+def resampled(weights: FloatArray, draws: int, rng: np.random.Generator) -> IntArray:
     """Return indices of `draws` draws of each chain, shape (chains * draws,), by systematic resampling in order."""
     chains, length = weights.shape
     edges = np.cumsum(weights, axis=1)

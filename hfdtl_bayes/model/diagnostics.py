@@ -76,6 +76,16 @@ class Reweighting:
         return cls(**json.loads(text))
 
 
+def effective_share(tree: xr.DataTree) -> float:
+    """Return which share of a posterior's draws was effective when they were reweighted, 1 if they never were.
+
+    Resampled draws look alike whatever they are worth; weights of a second reweighting do not show what the first one cost.
+    """
+    attributes = tree["sample_stats"].attrs
+    found = Reweighting.load(attributes["reweighting"]) if "reweighting" in attributes else None
+    return 1.0 if found is None else min(1.0, found.effective / found.draws)
+
+
 @dataclass(frozen=True)
 class Convergence:
     """The worst diagnostics over all quantities of a posterior.

@@ -24,8 +24,8 @@ from hfdtl_bayes.statistics import ConfigStatistics
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
 
-GAUSSIAN_ENGINES = ("exact", "pymc")
-"""Engines whose draws are of the model with Gaussian errors, which the closed forms here are of."""
+GAUSSIAN_ENGINES = ("exact", "pymc", "conditional", "reweighted")
+"""What makes draws of the model with Gaussian errors, which the closed forms here are of: two engines, and reweighting of their draws."""
 
 _AT_ONCE = 250
 """Draws eliminated at once: the arrays of more do not stay in the processor's cache, and each takes twice as long."""

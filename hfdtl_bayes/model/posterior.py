@@ -84,9 +84,10 @@ class LatencyPosterior:
         """Return one line: what was fitted to what, and whether the sampler converged."""
         target = f", target {self.target}" if self.target else ""
         likelihood = "" if self.likelihood == "gaussian" else f", {self.likelihood}"
+        less = dict(self.priors.discounts)
+        donors = (f"{d} (counts for {less[d]:.3g})" if d in less else d for d in self.donors)
         return (
-            f"<LatencyPosterior of {self.feature_set.quantity}, {self.feature_set.name}{likelihood}: donors "
-            f"{', '.join(self.donors)}{target}; "
+            f"<LatencyPosterior of {self.feature_set.quantity}, {self.feature_set.name}{likelihood}: donors {', '.join(donors)}{target}; "
             f"{self.convergence()}>"
         )
 
@@ -97,7 +98,10 @@ class LatencyPosterior:
 
     @property
     def engine(self) -> str:
-        """What made the draws: an engine of `fit`, or "conditional" for donors' draws conditioned on a target's rows."""
+        """What made the draws: an engine of `fit`, or reweighting of donors' draws.
+
+        "conditional" where they were conditioned on a target's rows, "reweighted" where a donor was forgotten.
+        """
         return str(self.tree["sample_stats"].attrs.get("engine", "exact"))
 
     @property

@@ -114,6 +114,12 @@ class PriorSettings:
         """Return for how much of a donor a configuration counts, in (0, 1]."""
         return dict(self.discounts).get(config_id, 1.0)
 
+    def discount_sentences(self) -> tuple[str, ...]:
+        """Return for how much each discounted donor counts as a sentence; none for donors that count in full."""
+        return tuple(
+            f"what the rows of {c} say of the population counts for {share:.3g} of a donor" for c, share in self.discounts
+        )
+
     def sentences(self, feature_set: FeatureSet) -> tuple[str, ...]:
         """Return every prior as a sentence a planner can agree or disagree with."""
 
@@ -127,10 +133,7 @@ class PriorSettings:
                 "the share of that variance common to configurations on the same hardware",
                 PositiveRange(*(float(beta(self.hardware_share, self.hardware_share).ppf(q)) for q in (0.05, 0.95))),
             ),
-            "; ".join(
-                f"what the rows of {c} say of the population counts for {share:.3g} of a donor" for c, share in self.discounts
-            )
-            or "what every donor's rows say of the population counts in full",
+            "; ".join(self.discount_sentences()) or "what every donor's rows say of the population counts in full",
             said("the typical relative noise of one row", self.noise),
             said("the spread of log noise between configurations", self.noise_spread),
             *(

@@ -23,6 +23,7 @@ from hfdtl_bayes.transfer.cross_validation import CrossValidation, CrossValidati
 from hfdtl_bayes.transfer.crps import crps, crps_of_draws, crps_of_normals
 from hfdtl_bayes.transfer.delays import DelayScores, WaitRule, calibrate_delays, score_delays
 from hfdtl_bayes.transfer.donor_choice import DonorChoiceSettings, DonorRanking, rank_donors
+from hfdtl_bayes.transfer.donors import combine_donors, discounts_from, forget, promote
 from hfdtl_bayes.transfer.evaluation import HeldOut, attainable_mape, evaluate
 from hfdtl_bayes.transfer.folds import LEAVE_OUT, Fold, Skipped
 from hfdtl_bayes.transfer.held_out_score import held_out_score
@@ -71,15 +72,18 @@ __all__ = [
     "calibrate_ridge",
     "calibrate_statistics",
     "calibration_rows_of",
+    "combine_donors",
     "compare_fits",
     "compare_likelihoods",
     "cross_validate",
     "crps",
     "crps_of_draws",
     "crps_of_normals",
+    "discounts_from",
     "evaluate",
     "fit_donors",
     "fit_ridge_donors",
+    "forget",
     "held_out_rows",
     "held_out_score",
     "leave_one_configuration_out",
@@ -89,6 +93,7 @@ __all__ = [
     "marginal_log_density",
     "population_conflict",
     "rank_donors",
+    "promote",
     "read_trace",
     "ridge_cv",
     "row_log_density",

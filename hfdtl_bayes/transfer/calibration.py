@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +24,7 @@ from hfdtl_bayes.statistics import (
 )
 from hfdtl_bayes.traces import TraceStore, TraceTable, drop_warmup, time_blocks
 from hfdtl_bayes.transfer.conditioning import calibrate_statistics
+from hfdtl_bayes.transfer.donors import with_discounts_of_donors
 from hfdtl_bayes.transfer.evaluation import fitted_block_length
 from hfdtl_bayes.transfer.sources import check_data_engine, kept_statistics, streamed_statistics
 
@@ -83,6 +84,7 @@ def fit_donors(
     block_length: int | Literal["auto"] = DEFAULT_BLOCK_LENGTH,
     outlier_cutoff: float | None = None,
     priors: PriorSettings | None = None,
+    discounts: Mapping[str, float] | None = None,
     settings: SamplerSettings | None = None,
     engine: str = "exact",
     likelihood: str = "gaussian",
@@ -113,6 +115,8 @@ def fit_donors(
         `OUTLIER_CUTOFFS`.
     priors, settings, engine, likelihood, seed, show_progress
         As in `fit`.
+    discounts : mapping of str to float, optional
+        For how much of a donor some donors count, in (0, 1]: old engine versions, composed recordings. See `PriorSettings.discounts`.
     rows_per_config : int
         Most rows of one donor that the engine "rows" sees: whole time blocks, evenly spread (`scaled_rows`). No row of them is
         down-weighted.
@@ -128,7 +132,7 @@ def fit_donors(
     Raises
     ------
     InputError
-        If a donor is listed twice, none is given, or a trace cannot be used.
+        If a donor is listed twice, none is given, a trace cannot be used, or a discount is of no donor or outside (0, 1].
     UnknownNameError
         If a donor or the feature set is unknown.
 
@@ -145,6 +149,7 @@ def fit_donors(
     chosen = feature_set(features, quantity) if isinstance(features, str) else features
     check_likelihood(likelihood, engine)
     check_data_engine(engine_data, scheduler, engine, max_rows)
+    priors = with_discounts_of_donors(priors or PriorSettings(), discounts or {}, donors)
     blocks: dict[str, Any] = {"block_length": block_length, "outlier_cutoff": outlier_cutoff}
     kept = {d: s for d in donors if (s := kept_statistics(store, d, chosen)) is not None}
     if kept and engine == "rows":
