@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from hfdtl_bayes.configuration import ServingConfiguration
 from hfdtl_bayes.errors import InputError, UnknownNameError
+from hfdtl_bayes.features.sharing import constant, shared_columns
 
 Quantity = Literal["step_time", "queue_delay", "api_delay"]
 QUANTITIES: tuple[Quantity, ...] = ("step_time", "queue_delay", "api_delay")
@@ -139,8 +140,8 @@ def one(formula: _One) -> Callable[[pd.DataFrame | None, ServingConfiguration], 
 
 
 def constant_column(size: _One) -> Callable[[pd.DataFrame | None, ServingConfiguration], FloatArray]:
-    """Return a formula that is `size(configuration)` in every row."""
-    return rows(lambda frame, configuration: np.full(len(frame), size(configuration)))
+    """Return a formula that is `size(configuration)` in every row; one number is held in memory."""
+    return rows(lambda frame, configuration: constant(size(configuration), len(frame)))
 
 
 @dataclass(frozen=True)
@@ -250,19 +251,63 @@ class FeatureSet:
         """
         self._require_columns(frame, configuration)
         columns = np.empty((len(self.varying), len(frame)))
-        for k, feature in enumerate(self.varying):
-            column = np.asarray(feature.compute(frame, configuration), dtype=float)
+        with shared_columns(frame):
+            for feature, out in zip(self.varying, columns, strict=True):
+                np.multiply(self._column(feature, frame, configuration), feature.reference, out=out)
+        return columns.T
+
+    def distinct_columns(self, frame: pd.DataFrame, configuration: ServingConfiguration, out: FloatArray) -> FloatArray:
+        """Write the columns that vary to `out`, from which and the constant 1 the design follows.
+
+        Features that are zero in a configuration (of experts in a dense model) or the same in all rows need not be computed with.
+
+        Parameters
+        ----------
+        frame : DataFrame, n rows
+        configuration : ServingConfiguration
+        out : ndarray, shape (K or more, n)
+            The first v rows are written to.
+
+        Returns
+        -------
+        expansion : ndarray, shape (v + 1, K)
+            ``design = [1, columns that vary] @ expansion``.
+
+        Raises
+        ------
+        InputError
+            As `design`.
+        """
+        self._require_columns(frame, configuration)
+        features = self.varying
+        constants = np.zeros(len(features))
+        varies: list[int] = []
+        with shared_columns(frame):
+            for k, feature in enumerate(features):
+                column = self._column(feature, frame, configuration)
+                if _is_constant(column):
+                    constants[k] = column[0] * feature.reference
+                else:
+                    np.multiply(column, feature.reference, out=out[len(varies)])
+                    varies.append(k)
+        return np.vstack([constants, np.eye(len(constants))[varies]])
+
+    def _column(self, feature: Feature, frame: pd.DataFrame, configuration: ServingConfiguration) -> FloatArray:
+        """Return a column that is finite, in its own unit."""
+        column = np.asarray(feature.compute(frame, configuration), dtype=float)
+        if column.strides == (0,):
+            total = column[0] if len(column) else 0.0
+        else:
             with np.errstate(over="ignore", invalid="ignore"):
                 total = column.sum()
-            # The sum of finite numbers is finite but for an overflow, and cheaper than looking at each.
-            if not (np.isfinite(total) or np.isfinite(column).all()):
-                row = int(np.flatnonzero(~np.isfinite(column))[0])
-                raise InputError(
-                    f"feature {feature.name!r} of {configuration.config_id!r} is not finite at row {row}: "
-                    f"{feature.formula}; check the columns {', '.join(feature.columns)} of that row"
-                )
-            np.multiply(column, feature.reference, out=columns[k])
-        return columns.T
+        # The sum of finite numbers is finite but for an overflow, and cheaper than looking at each.
+        if not (np.isfinite(total) or np.isfinite(column).all()):
+            row = int(np.flatnonzero(~np.isfinite(column))[0])
+            raise InputError(
+                f"feature {feature.name!r} of {configuration.config_id!r} is not finite at row {row}: "
+                f"{feature.formula}; check the columns {', '.join(feature.columns)} of that row"
+            )
+        return column
 
     def _require_columns(self, frame: pd.DataFrame, configuration: ServingConfiguration) -> None:
         missing = [c for c in self.columns if c not in frame.columns]
@@ -333,3 +378,8 @@ class FeatureSet:
     def prior_sentences(self) -> tuple[str, ...]:
         """Return every population prior as a sentence."""
         return tuple(f.prior_sentence() for f in self.features)
+
+
+def _is_constant(column: FloatArray) -> bool:
+    """Return whether all rows of a column, one at least, are the same; the ends tell most that vary."""
+    return column.strides == (0,) or bool(column[0] == column[-1] and (column == column[0]).all())

@@ -9,7 +9,7 @@ The roofline is that of Williams, Waterman & Patterson (2009), doi:10.1145/14987
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from functools import cache, lru_cache
 
@@ -18,6 +18,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from hfdtl_bayes.configuration import ServingConfiguration
+from hfdtl_bayes.features.sharing import column, constant, once
 
 FloatArray = NDArray[np.float64]
 
@@ -58,39 +59,50 @@ def peak_flops(configuration: ServingConfiguration) -> float:
     return float(fp8 if fp8 and configuration.llm.weight_bytes_per_param == 1 else hardware.peak_flops)
 
 
-def _column(frame: pd.DataFrame, name: str) -> FloatArray:
-    return frame[name].to_numpy(dtype=float)
-
-
 def batch_tokens(frame: pd.DataFrame) -> FloatArray:
     """Return the tokens computed in the step, shape (n,)."""
-    return _column(frame, "prefill_tokens") + _column(frame, "decode_tokens")
+    return column(frame, "prefill_tokens") + column(frame, "decode_tokens")
 
 
 def batch_requests(frame: pd.DataFrame) -> FloatArray:
     """Return the requests scheduled in the step, shape (n,)."""
-    return _column(frame, "prefill_requests") + _column(frame, "decode_requests")
+    return column(frame, "prefill_requests") + column(frame, "decode_requests")
 
+
+_tokens, _requests = once(batch_tokens), once(batch_requests)
 
 _LARGEST_COUNT = 2**16
 """Largest count for which a table is made: 512 KB, which the processor's cache holds."""
 
 
-def _counts(values: FloatArray) -> NDArray[np.intp] | None:
-    """Return the values as indices if all are whole and there are more of them than counts up to the largest; otherwise None."""
-    if not (values.max(initial=0.0) < min(len(values), _LARGEST_COUNT) and values.min(initial=0.0) >= 0.0):
-        return None
-    counts = values.astype(np.intp)
-    return counts if bool((counts == values).all()) else None
+_PIECE_ROWS = 2**14
+"""Rows looked up at once: they stay in a processor's own cache."""
 
 
-def by_count(values: FloatArray, formula: Callable[[FloatArray], FloatArray]) -> FloatArray:
-    """Return formula(values) of a formula of one count, element by element, shape (n,).
+def by_count(values: FloatArray, formula: Callable[..., FloatArray], *arguments: Hashable) -> FloatArray:
+    """Return formula(values, *arguments) of a formula of one count, element by element, shape (n,).
 
-    Where there are more rows than counts up to the largest, the formula is evaluated once per count and looked up.
+    Where all values are whole and there are more of them than counts up to the largest, the formula is evaluated once per count
+    and looked up; the table is kept, for batch after batch asks for the same counts.
     """
-    counts = _counts(values)
-    return formula(values) if counts is None else formula(np.arange(counts.max(initial=0) + 1.0)).take(counts)
+    largest = values.max(initial=0.0)
+    if not (largest < min(len(values), _LARGEST_COUNT) and values.min(initial=0.0) >= 0.0):
+        return formula(values, *arguments)
+    table = _table(formula, arguments, 2 ** int(largest).bit_length())
+    found = np.empty(len(values))
+    for at in range(0, len(values), _PIECE_ROWS):
+        piece = values[at : at + _PIECE_ROWS]
+        counts = piece.astype(np.intp)
+        if not (counts == piece).all():
+            return formula(values, *arguments)
+        # No count is beyond the table; mode "clip" spares a copy.
+        table.take(counts, out=found[at : at + _PIECE_ROWS], mode="clip")
+    return found
+
+
+@lru_cache(maxsize=32)
+def _table(formula: Callable[..., FloatArray], arguments: tuple[Hashable, ...], size: int) -> FloatArray:
+    return formula(np.arange(float(size)), *arguments)
 
 
 @dataclass(frozen=True)
@@ -142,12 +154,13 @@ def weight_read_s(configuration: ServingConfiguration) -> float:
 
 def gemm_s(frame: pd.DataFrame, configuration: ServingConfiguration) -> FloatArray:
     """Dense GEMM time at peak FLOP/s: sum of 2 * rows * inner * outer * count / peak_flops, shape (n,)."""
-    per_token, per_request = (
-        sum(2.0 * g.count * g.inner * g.outer for g in dense_gemms(configuration) if g.per_request is kind)
-        for kind in (False, True)
-    )
+    flops = {True: 0.0, False: 0.0}
+    for g in dense_gemms(configuration):
+        flops[g.per_request] += 2.0 * g.count * g.inner * g.outer
     peak = peak_flops(configuration)
-    return batch_tokens(frame) * (per_token / peak) + batch_requests(frame) * (per_request / peak)
+    work = _tokens(frame) * (flops[False] / peak)
+    work += _requests(frame) * (flops[True] / peak)
+    return work
 
 
 def smooth_max(a: FloatArray, b: FloatArray | float, sharpness: float) -> FloatArray:
@@ -162,20 +175,26 @@ def dense_gemm_excess_s(frame: pd.DataFrame, configuration: ServingConfiguration
     activations, M_w those of the weights alone. It is near zero while a step is memory-bound and grows like F / P once it
     is compute-bound, which is how max(compute, memory) enters a model that stays linear in its coefficients.
     """
-    peak, width = peak_flops(configuration), configuration.hardware.memory_bandwidth
     gemms = dense_gemms(configuration)
+    peaks = peak_flops(configuration), configuration.hardware.memory_bandwidth, SETTINGS
+    of_tokens = by_count(_tokens(frame), _gemm_excess_s, tuple(g for g in gemms if not g.per_request), *peaks)
+    of_tokens += by_count(_requests(frame), _gemm_excess_s, tuple(g for g in gemms if g.per_request), *peaks)
+    return of_tokens
 
-    def excess(rows: FloatArray, per_request: bool) -> FloatArray:
-        total = np.zeros(len(rows))
-        for g in (g for g in gemms if g.per_request is per_request):
-            compute = 2.0 * rows * g.inner * g.outer / peak / SETTINGS.compute_efficiency
-            weights = g.inner * g.outer * g.bytes_per_param / width / SETTINGS.memory_efficiency
-            activations = rows * (g.inner + g.outer) * 2.0 / width / SETTINGS.memory_efficiency
-            total += g.count * (smooth_max(compute, weights + activations, SETTINGS.sharpness) - weights)
-        return total * SETTINGS.compute_efficiency
 
-    of_tokens = by_count(batch_tokens(frame), lambda tokens: excess(tokens, False))
-    return of_tokens + by_count(batch_requests(frame), lambda requests: excess(requests, True))
+def _gemm_excess_s(
+    rows: FloatArray, gemms: tuple[Gemm, ...], peak: float, width: float, settings: RooflineSettings
+) -> FloatArray:
+    total = np.zeros(len(rows))
+    for g in gemms:
+        compute = 2.0 * rows * g.inner * g.outer / peak / settings.compute_efficiency
+        weights = g.inner * g.outer * g.bytes_per_param / width / settings.memory_efficiency
+        activations = rows * (g.inner + g.outer) * 2.0 / width / settings.memory_efficiency
+        total += g.count * (smooth_max(compute, weights + activations, settings.sharpness) - weights)
+    return total * settings.compute_efficiency
+
+
+_dense_gemm_excess_s = once(dense_gemm_excess_s)
 
 
 def hidden_s(work_s: FloatArray, excess_s: FloatArray) -> FloatArray:
@@ -184,17 +203,20 @@ def hidden_s(work_s: FloatArray, excess_s: FloatArray) -> FloatArray:
     It grows with the batch while a step is memory-bound and stays constant once it is compute-bound, so that its coefficient
     (0 where hiding is perfect) cannot carry an error of light traffic into heavy traffic.
     """
-    return np.maximum(work_s - excess_s, 0.0)
+    rest = work_s - excess_s
+    return np.maximum(rest, 0.0, out=rest)
 
 
 def gemm_hidden_s(frame: pd.DataFrame, configuration: ServingConfiguration) -> FloatArray:
     """`hidden_s` of the dense GEMMs, shape (n,)."""
-    return hidden_s(gemm_s(frame, configuration), dense_gemm_excess_s(frame, configuration))
+    return hidden_s(gemm_s(frame, configuration), _dense_gemm_excess_s(frame, configuration))
 
 
 def expert_gemm_hidden_s(frame: pd.DataFrame, configuration: ServingConfiguration) -> FloatArray:
     """`hidden_s` of the routed experts' GEMMs, shape (n,)."""
-    return hidden_s(expert_gemm_s(frame, configuration), expert_gemm_excess_s(frame, configuration))
+    if not configuration.llm.num_moe_layers:
+        return constant(0.0, len(frame))
+    return hidden_s(expert_gemm_s(frame, configuration), _expert_gemm_excess_s(frame, configuration))
 
 
 @cache
@@ -223,24 +245,16 @@ def distinct_experts(tokens: FloatArray, configuration: ServingConfiguration, sk
     sum over experts of 1 - (1 - q_e)^tokens, with q_e from `expert_inclusion_probability`.
     """
     llm = configuration.llm
-    routing = (llm.num_experts, llm.num_experts_per_token, skew)
-    counts = _counts(tokens)
-    if counts is not None:
-        # Batch after batch asks for the same counts; with a hundred experts their powers are what a batch costs.
-        return _distinct_experts_table(*routing, 2 ** int(counts.max(initial=0)).bit_length()).take(counts)
-    unique, inverse = np.unique(tokens, return_inverse=True)
-    return _distinct_experts(unique, *routing)[inverse]
+    return by_count(tokens, _distinct_experts, llm.num_experts, llm.num_experts_per_token, skew)
 
 
 def _distinct_experts(tokens: FloatArray, num_experts: int, experts_per_token: int, skew: float) -> FloatArray:
     q = np.array(expert_inclusion_probability(num_experts, experts_per_token, skew))
-    return np.asarray((1.0 - (1.0 - q)[None, :] ** tokens[:, None]).sum(axis=1))
-
-
-@lru_cache(maxsize=16)
-def _distinct_experts_table(num_experts: int, experts_per_token: int, skew: float, size: int) -> FloatArray:
-    parts = np.array_split(np.arange(float(size)), -(-size // 1024))
-    return np.concatenate([_distinct_experts(part, num_experts, experts_per_token, skew) for part in parts])
+    unique, inverse = np.unique(tokens, return_inverse=True)
+    # With a hundred experts their powers are a hundred columns.
+    parts = np.array_split(unique, -(-max(len(unique), 1) // 1024))
+    found = np.concatenate([(1.0 - (1.0 - q)[None, :] ** part[:, None]).sum(axis=1) for part in parts])
+    return np.asarray(found[inverse])
 
 
 def expert_group(configuration: ServingConfiguration) -> int:
@@ -262,15 +276,18 @@ def expert_weight_read_s(frame: pd.DataFrame, configuration: ServingConfiguratio
     have batches of the same size.
     """
     if not configuration.llm.num_moe_layers:
-        return np.zeros(len(frame))
-    return _expert_weight_read_s(batch_tokens(frame), configuration)
+        return constant(0.0, len(frame))
+    hit = distinct_experts(configuration.engine.data_parallel * _tokens(frame), configuration, SETTINGS.routing_skew)
+    return hit * _expert_s(configuration)[0]
 
 
-def _expert_weight_read_s(tokens: FloatArray, configuration: ServingConfiguration) -> FloatArray:
+def _expert_s(configuration: ServingConfiguration) -> tuple[float, float]:
+    """Return the time to read one routed expert in every layer at peak bandwidth, and to multiply one token at peak FLOP/s."""
     llm = configuration.llm
-    hit = distinct_experts(configuration.engine.data_parallel * tokens, configuration, SETTINGS.routing_skew)
     size = llm.num_moe_layers * llm.expert_params * llm.weight_bytes_per_param
-    return hit * size / expert_group(configuration) / configuration.hardware.memory_bandwidth
+    flops = 2.0 * llm.num_experts_per_token * llm.expert_params * llm.num_moe_layers
+    read = size / expert_group(configuration) / configuration.hardware.memory_bandwidth
+    return read, flops / configuration.engine.tensor_parallel / peak_flops(configuration)
 
 
 def expert_gemm_s(frame: pd.DataFrame, configuration: ServingConfiguration) -> FloatArray:
@@ -279,27 +296,30 @@ def expert_gemm_s(frame: pd.DataFrame, configuration: ServingConfiguration) -> F
     Data parallelism leaves it as it is: dp engines send their tokens, batches of the same size, to dp times as many GPUs.
     """
     if not configuration.llm.num_moe_layers:
-        return np.zeros(len(frame))
-    return _expert_gemm_s(batch_tokens(frame), configuration)
-
-
-def _expert_gemm_s(tokens: FloatArray, configuration: ServingConfiguration) -> FloatArray:
-    llm = configuration.llm
-    flops = 2.0 * llm.num_experts_per_token * tokens * llm.expert_params * llm.num_moe_layers
-    return flops / configuration.engine.tensor_parallel / peak_flops(configuration)
+        return constant(0.0, len(frame))
+    return _tokens(frame) * _expert_s(configuration)[1]
 
 
 def expert_gemm_excess_s(frame: pd.DataFrame, configuration: ServingConfiguration) -> FloatArray:
     """As `dense_gemm_excess_s` for the grouped GEMMs of the routed experts: all together, against the experts that are hit, shape (n,)."""
     if not configuration.llm.num_moe_layers:
-        return np.zeros(len(frame))
+        return constant(0.0, len(frame))
 
-    def excess(tokens: FloatArray) -> FloatArray:
-        compute = _expert_gemm_s(tokens, configuration) / SETTINGS.expert_compute_efficiency
-        read = _expert_weight_read_s(tokens, configuration) / SETTINGS.memory_efficiency
-        return (smooth_max(compute, read, SETTINGS.sharpness) - read) * SETTINGS.expert_compute_efficiency
+    llm = configuration.llm
+    routing = configuration.engine.data_parallel, llm.num_experts, llm.num_experts_per_token
+    return by_count(_tokens(frame), _experts_excess_s, *_expert_s(configuration), *routing, SETTINGS)
 
-    return by_count(batch_tokens(frame), excess)
+
+def _experts_excess_s(
+    tokens: FloatArray, read_s: float, token_s: float, engines: int, experts: int, per_token: int, settings: RooflineSettings
+) -> FloatArray:
+    compute = tokens * token_s / settings.expert_compute_efficiency
+    hit = _distinct_experts(engines * tokens, experts, per_token, settings.routing_skew)
+    read = hit * read_s / settings.memory_efficiency
+    return (smooth_max(compute, read, settings.sharpness) - read) * settings.expert_compute_efficiency
+
+
+_expert_gemm_excess_s = once(expert_gemm_excess_s)
 
 
 def gemm_excess_s(frame: pd.DataFrame, configuration: ServingConfiguration) -> FloatArray:
@@ -309,15 +329,18 @@ def gemm_excess_s(frame: pd.DataFrame, configuration: ServingConfiguration) -> F
     experts are compute-bound the dense layers are a small share of nearly the same shape, and a coefficient of their own would
     take any misfit of the experts' for itself and carry it to dense models.
     """
+    dense = _dense_gemm_excess_s(frame, configuration)
+    if not configuration.llm.num_moe_layers:
+        return dense.copy()
     slower = SETTINGS.compute_efficiency / SETTINGS.expert_compute_efficiency
-    return dense_gemm_excess_s(frame, configuration) + slower * expert_gemm_excess_s(frame, configuration)
+    return dense + slower * _expert_gemm_excess_s(frame, configuration)
 
 
 def prefill_attention_s(frame: pd.DataFrame, configuration: ServingConfiguration) -> FloatArray:
     """Prefill attention at peak FLOP/s: 4 * layers * heads / tp * head_dim * prefill_attention_tokens / peak, shape (n,)."""
     llm, tp = configuration.llm, configuration.engine.tensor_parallel
-    pairs = _column(frame, "prefill_attention_tokens")
-    return 4.0 * llm.num_layers * llm.num_attention_heads / tp * llm.head_dim * pairs / peak_flops(configuration)
+    pairs = column(frame, "prefill_attention_tokens")
+    return pairs * (4.0 * llm.num_layers * llm.num_attention_heads / tp * llm.head_dim / peak_flops(configuration))
 
 
 def kv_read_s(frame: pd.DataFrame, configuration: ServingConfiguration) -> FloatArray:
@@ -329,7 +352,7 @@ def kv_read_s(frame: pd.DataFrame, configuration: ServingConfiguration) -> Float
     llm, tp = configuration.llm, configuration.engine.tensor_parallel
     replicated = max(llm.num_key_value_heads / tp, 1.0) / llm.num_key_value_heads
     width = configuration.hardware.memory_bandwidth * host_overheads(configuration).attention_bandwidth_share
-    return _column(frame, "context_tokens") * llm.kv_bytes_per_token * replicated / width
+    return column(frame, "context_tokens") * (llm.kv_bytes_per_token * replicated / width)
 
 
 NVLINK_FLOOR = 100e9
@@ -355,8 +378,8 @@ def all_reduce_s(frame: pd.DataFrame, configuration: ServingConfiguration) -> Fl
     """
     llm, tp = configuration.llm, configuration.engine.tensor_parallel
     if tp == 1:
-        return np.zeros(len(frame))
-    volume = 2.0 * llm.num_layers * batch_tokens(frame) * llm.hidden_size * 2.0 * 2.0 * (tp - 1) / tp
+        return constant(0.0, len(frame))
+    volume = 2.0 * llm.num_layers * _tokens(frame) * llm.hidden_size * 2.0 * 2.0 * (tp - 1) / tp
     return volume / configuration.hardware.interconnect_bandwidth * link_contention(configuration)
 
 

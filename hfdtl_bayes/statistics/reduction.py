@@ -16,15 +16,13 @@ from numpy.typing import NDArray
 from hfdtl_bayes.configuration import ServingConfiguration
 from hfdtl_bayes.errors import StatisticsError
 from hfdtl_bayes.features import FeatureSet, response
+from hfdtl_bayes.statistics.factors import Rows, block_factors
 from hfdtl_bayes.statistics.pilot import config_to_constant, constant_s
 from hfdtl_bayes.statistics.scaling import Downweighted, RowScaling, count_downweighted
 from hfdtl_bayes.statistics.sufficient import ConfigStatistics, Stratum, split_blocks, triangle_of
 from hfdtl_bayes.traces import WARMUP_REGIMES, Parts, Slice, StepBatch, StepReport, step_batches
 
 FloatArray = NDArray[np.float64]
-
-_CHUNK_ROWS = 12_000
-"""Rows factored at once: with a dozen columns they stay in a processor's own cache."""
 
 
 @dataclass(frozen=True)
@@ -150,12 +148,22 @@ class Reduction:
             If the part cannot be read or a column is missing.
         """
         found = Partial(StepReport(parts.source))
+        room = np.empty(0)
         for batch in step_batches(own, parts.columns, self.configuration, self.feature_set.columns, parts.source, after):
-            found = self.join(found, self.batch(batch))
+            size = (len(self.feature_set.varying) + 2) * len(batch.step_id)
+            room = room if room.size >= size else np.empty(size)
+            found = self.join(found, self.batch(batch, room))
         return replace(found.reduced(), last_id=after if found.last_id is None else found.last_id)
 
-    def batch(self, batch: StepBatch) -> Partial:
-        """Reduce accepted steps; warm-up and what the features do not describe is left out."""
+    def batch(self, batch: StepBatch, room: FloatArray) -> Partial:
+        """Reduce accepted steps; warm-up and what the features do not describe is left out.
+
+        Parameters
+        ----------
+        batch : StepBatch
+        room : ndarray, shape ((K + 2) n or more,)
+            Overwritten.
+        """
         last_id = int(batch.step_id[-1]) if len(batch.step_id) else None
         if not set(WARMUP_REGIMES).isdisjoint(batch.regimes):
             batch = batch.where(~np.isin(batch.regime_code, [i for i, r in enumerate(batch.regimes) if r in WARMUP_REGIMES]))
@@ -163,28 +171,27 @@ class Reduction:
             batch = batch.where(self.feature_set.supported(batch.frame, self.configuration))
         if not len(batch.step_id):
             return Partial(batch.report, last_id=last_id)
-        design = self.feature_set.design(batch.frame, self.configuration)
-        observed = response(batch.frame, self.feature_set.quantity)
-        number = np.floor_divide(batch.step_id, self.block_length)
-        change = number[1:] != number[:-1]
-        if len(batch.regimes) > 1:
-            change |= batch.regime_code[1:] != batch.regime_code[:-1]
-        starts = np.r_[0, np.flatnonzero(change) + 1]
-        sizes = np.diff(np.r_[starts, len(observed)])
+        starts = _block_starts(batch, self.block_length)
+        ends = np.append(starts[1:], len(batch.step_id))
+        height, length = len(self.feature_set.varying) + 2, len(batch.step_id)
+        columns = room[: height * length].reshape(height, length)
+        expansion = self.feature_set.distinct_columns(batch.frame, self.configuration, columns[1:])
+        rows = Rows(columns[: len(expansion) + 1], expansion, response(batch.frame, self.feature_set.quantity))
 
         def edge(i: int) -> Edge:
-            rows = slice(starts[i], starts[i] + sizes[i])
+            own = rows[starts[i] : ends[i]]
             regime = batch.regimes[batch.regime_code[starts[i]]]
-            return Edge(regime, int(number[starts[i]]), design[rows].copy(), observed[rows].copy())
+            return Edge(regime, int(batch.step_id[starts[i]]) // self.block_length, own.design, own.observed.copy())
 
         if len(starts) == 1:
             return Partial(batch.report, first=edge(0), last_id=last_id)
-        sums = Sums()
+        sums, first, last = Sums(), edge(0), edge(-1)
         if len(starts) > 2:
             inner = slice(starts[1], starts[-1])
             names = np.array(batch.regimes, dtype=object)
-            sums = self.blocks(design[inner], observed[inner], sizes[1:-1], lambda: names[batch.regime_code[inner]])
-        return Partial(batch.report, sums, edge(0), edge(len(starts) - 1), last_id)
+            sizes = np.diff(starts[1:])
+            sums = self.blocks(rows[inner], sizes, lambda: names[batch.regime_code[inner]])
+        return Partial(batch.report, sums, first, last, last_id)
 
     def join(self, one: Partial, other: Partial) -> Partial:
         """Join two runs of steps of which the second follows the first."""
@@ -209,79 +216,41 @@ class Reduction:
 
     def _edge(self, edge: Edge) -> Sums:
         regimes = np.full(len(edge.observed), edge.regime, dtype=object)
-        return self.blocks(edge.design, edge.observed, np.array([len(edge.observed)]), lambda: regimes)
+        return self.blocks(Rows.of(edge.design, edge.observed), np.array([len(edge.observed)]), lambda: regimes)
 
-    def blocks(
-        self, design: FloatArray, observed: FloatArray, sizes: NDArray[np.int64], regimes: Callable[[], NDArray[np.object_]]
-    ) -> Sums:
+    def blocks(self, rows: Rows, sizes: NDArray[np.int64], regimes: Callable[[], NDArray[np.object_]]) -> Sums:
         """Reduce whole blocks.
-
-        The mean of its block is taken from every row; what is left has the Gram matrix of the block's contrasts, for sum of (x -
-        mean)(x - mean)' = sum of c c' over the m - 1 Helmert contrasts c of m rows.
 
         Parameters
         ----------
-        design : ndarray, shape (n, K), columns contiguous
-        observed : ndarray, shape (n,)
+        rows : Rows, n rows
+            Used up: their columns are overwritten.
         sizes : ndarray of int, shape (B,)
             Rows of each block, adding up to n.
         regimes : callable
             Gives the regime of each row, shape (n,); called if a row is down-weighted.
         """
-        blocks = np.repeat(np.arange(len(sizes)), sizes)
-        scale, weight = self.scaling.rows(design, observed, blocks)
+        starts, observed, fitted = np.cumsum(sizes) - sizes, rows.observed, rows.fitted(self.scaling.pilot)
+        scale, weight = self.scaling.rows_of_blocks(fitted, observed, starts, sizes)
         sums = Sums({}, len(observed), len(sizes), float(np.log(scale).sum()), float(observed.sum()))
         if weight.min() == 1:
-            return replace(sums, factors=self._plain_blocks(design, observed, scale, sizes))
+            return replace(sums, factors=block_factors(rows, self.scaling.pilot, fitted, scale, sizes))
         # Blocks with a down-weighted row are few, and rotated as `split_blocks` says.
-        low = np.minimum.reduceat(weight, np.cumsum(sizes) - sizes) < 1
-        rows = np.repeat(low, sizes)
-        scaled = np.column_stack([design[rows], observed[rows]]) / scale[rows, None]
-        split = split_blocks(scaled, blocks[rows], weight[rows])
-        counted = count_downweighted(observed, self.scaling.mean_s(design), weight, regimes())
-        sums = replace(sums, factors={m: (len(own), (own,)) for m, own in split}, downweighted=counted)
+        low = np.minimum.reduceat(weight, starts) < 1
+        among = np.repeat(low, sizes)
+        weighted = rows[among]
+        scaled = np.column_stack([weighted.design, weighted.observed]) / scale[among, None]
+        split = split_blocks(scaled, np.repeat(np.arange(low.sum()), sizes[low]), weight[among])
+        mean_s = np.maximum(fitted, self.scaling.floor_s)
+        sums = replace(
+            sums,
+            factors={m: (len(own), (own,)) for m, own in split},
+            downweighted=count_downweighted(observed, mean_s, weight, regimes()),
+        )
         if not low.all():
-            plain = np.asfortranarray(design[~rows]), observed[~rows], scale[~rows], sizes[~low]
-            sums = sums.merge(Sums(self._plain_blocks(*plain)))
+            plain = block_factors(rows[~among], self.scaling.pilot, fitted[~among], scale[~among], sizes[~low])
+            sums = sums.merge(Sums(plain))
         return sums
-
-    def _plain_blocks(
-        self, design: FloatArray, observed: FloatArray, scale: FloatArray, sizes: NDArray[np.int64]
-    ) -> dict[int, tuple[int, tuple[FloatArray, ...]]]:
-        """Return the factors of whole blocks without a down-weighted row."""
-        ends = np.cumsum(sizes)
-        inverse = 1.0 / scale
-        columns, expansion = _distinct_columns(design)
-        width = len(columns) + 1
-        within: list[FloatArray] = []
-        totals: dict[int, list[FloatArray]] = {}
-        done = row = 0
-        while done < len(sizes):
-            # As many blocks as fit into a chunk, one at least.
-            upto = max(int(np.searchsorted(ends, row + _CHUNK_ROWS, side="right")), done + 1)
-            m, end = sizes[done:upto], int(ends[upto - 1])
-            chunk = np.empty((width, end - row))
-            for column, scaled in zip(columns, chunk, strict=False):
-                np.multiply(column[row:end], inverse[row:end], out=scaled)
-            np.multiply(observed[row:end], inverse[row:end], out=chunk[-1])
-            sums = np.add.reduceat(chunk, ends[done:upto] - m - row, axis=1)
-            for size in np.unique(m):
-                of_size = sums if (m == size).all() else sums[:, m == size]
-                totals.setdefault(int(size), []).append(of_size.T / np.sqrt(size))
-            means = sums / m
-            if (m == m[0]).all():
-                by_block = chunk.reshape(width, len(m), m[0])
-                by_block -= means[:, :, None]
-            else:
-                chunk -= np.repeat(means, m, axis=1)
-            within.append(np.linalg.qr(chunk.T, mode="r"))
-            done, row = upto, end
-        factors: dict[int, tuple[int, tuple[FloatArray, ...]]] = {
-            size: (sum(map(len, rows)), (np.linalg.qr(np.vstack(rows), mode="r") @ expansion,)) for size, rows in totals.items()
-        }
-        if len(observed) > len(sizes):
-            factors[0] = (len(observed) - len(sizes), (np.vstack(within) @ expansion,))
-        return factors
 
     def statistics(self, found: Partial, startup: int = 0) -> ConfigStatistics:
         """Return the statistics of a whole table.
@@ -319,37 +288,18 @@ class Reduction:
         )
 
 
-def _distinct_columns(design: FloatArray) -> tuple[list[FloatArray], FloatArray]:
-    """Return columns from which a design follows, and the matrix that gives it, observations included, from them.
-
-    Features that are zero in a configuration (of experts in a dense model) and constants beside another constant would be
-    factored for nothing.
-
-    Returns
-    -------
-    columns : list of ndarray, shape (n,)
-    expansion : ndarray, shape (number of columns + 1, K + 1)
-        [design, y] = [columns, y] @ expansion.
-    """
-    width = design.shape[1] + 1
-    columns: list[FloatArray] = []
-    expansion: list[FloatArray] = []
-    constant: tuple[float, FloatArray] | None = None
-    for k, column in enumerate(design.T):
-        row = np.zeros(width)
-        row[k] = 1.0
-        first = float(column[0])
-        # The ends tell most columns that vary.
-        if first == column[-1] and (column == first).all():
-            if first == 0.0:
-                continue
-            if constant is not None:
-                constant[1][k] = first / constant[0]
-                continue
-            constant = first, row
-        columns.append(column)
-        expansion.append(row)
-    return columns, np.array([*expansion, np.eye(width)[-1]])
+def _block_starts(batch: StepBatch, length: int) -> NDArray[np.int64]:
+    """Return the first row of each block of `length` steps, or fewer where the regime changes."""
+    ids = batch.step_id
+    if ids[-1] - ids[0] == len(ids) - 1:
+        # No step is missing.
+        inner = np.arange(ids[0] // length + 1, ids[-1] // length + 1) * length - ids[0]
+    else:
+        number = np.floor_divide(ids, length)
+        inner = np.flatnonzero(number[1:] != number[:-1]) + 1
+    if len(batch.regimes) > 1:
+        inner = np.union1d(inner, np.flatnonzero(batch.regime_code[1:] != batch.regime_code[:-1]) + 1)
+    return np.append(0, inner)
 
 
 def _stratum(multiplier: int, count: int, factors: Iterable[FloatArray]) -> Stratum:

@@ -77,20 +77,23 @@ class RowScaling:
         blocks : ndarray of int, shape (n,)
             Block numbers, equal values adjacent; blocks must be whole.
         """
+        return self._weights(residuals, *block_starts(blocks))
+
+    def _weights(self, residuals: FloatArray, starts: NDArray[np.int64], sizes: NDArray[np.int64]) -> FloatArray:
         weight = np.ones(len(residuals))
         if not np.isfinite(self.cutoff) or self.row_sd < _SMALLEST_SD or not len(residuals):
             return weight
-        reach = self.cutoff * self.row_sd
-        starts, sizes = block_starts(blocks)
+        reach, limit = self.cutoff * self.row_sd, self.cutoff * self.block_sd
         # The location is no larger than the block's largest residual: where twice that is within reach, no row is out of it.
-        far = 2.0 * np.maximum.reduceat(np.abs(residuals), starts) > reach
-        rows = np.repeat(far, sizes)
-        if not rows.any():
+        large = np.flatnonzero(2.0 * np.abs(residuals) > reach)
+        if not len(large):
             return weight
-        limit = self.cutoff * self.block_sd
-        location = np.clip(block_medians(residuals[rows], blocks[rows]), -limit, limit)
-        deviation = np.abs(residuals[rows] - np.repeat(location, sizes[far]))
-        weight[rows] = np.minimum(1.0, (reach / np.maximum(deviation, reach)) ** 2)
+        far = np.unique(np.searchsorted(starts, large, side="right") - 1)
+        for m in np.unique(sizes[far]):
+            own = starts[far[sizes[far] == m]][:, None] + np.arange(m)
+            location = np.clip(np.median(residuals[own], axis=1, keepdims=True), -limit, limit)
+            deviation = np.abs(residuals[own] - location)
+            weight[own] = np.minimum(1.0, (reach / np.maximum(deviation, reach)) ** 2)
         return weight
 
     def rows(self, design: FloatArray, observed: FloatArray, blocks: NDArray[np.int64]) -> tuple[FloatArray, FloatArray]:
@@ -112,11 +115,24 @@ class RowScaling:
         weight : ndarray, shape (n,)
             1, or less where a row is down-weighted.
         """
-        fitted = design @ self.pilot
+        return self.rows_of_blocks(design @ self.pilot, observed, *block_starts(blocks))
+
+    def rows_of_blocks(
+        self, fitted: FloatArray, observed: FloatArray, starts: NDArray[np.int64], sizes: NDArray[np.int64]
+    ) -> tuple[FloatArray, FloatArray]:
+        """Return scale and weight of the rows of whole blocks as `rows` does, from the pilot's fit.
+
+        Parameters
+        ----------
+        fitted, observed : ndarray, shape (n,)
+            Seconds.
+        starts, sizes : ndarray of int, shape (B,)
+            First row and number of rows of each block.
+        """
         mean = np.maximum(fitted, self.floor_s)
         if not np.isfinite(self.cutoff):
             return mean, np.ones(len(mean))
-        weight = self.weights((observed - fitted) / mean, blocks)
+        weight = self._weights((observed - fitted) / mean, starts, sizes)
         low = weight < 1
         if low.any():
             mean[low] /= np.sqrt(weight[low])

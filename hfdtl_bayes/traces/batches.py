@@ -31,6 +31,9 @@ FloatArray = NDArray[np.float64]
 REJECTED_KEPT = 10_000
 """Rejected rows that are kept, the first ones: enough to see what is wrong, bounded where a whole recording is."""
 
+_PIECE_ROWS = 2**14
+"""Rows judged at once: with ten columns they stay near a processor's own cache."""
+
 _COLUMNS = {c.name: c for c in STEP_SCHEMA}
 _NO_ROWS = pd.DataFrame()
 _BARE = "decode_tokens with context_tokens 0: the KV cache was read after the step"
@@ -159,6 +162,7 @@ def step_batches(
     Yields
     ------
     StepBatch
+        Its frame may be overwritten by the next.
 
     Raises
     ------
@@ -166,10 +170,14 @@ def step_batches(
         If the part cannot be read or a needed column is absent.
     """
     row = own.first_row
+    memory = np.empty(0)
     for batch in read_batches(own, list(columns)):
         checked = None
         if all(name in batch.schema.names for name in columns):
-            checked = _plain(batch, configuration, needed, source, row, after)
+            # Fresh memory for every batch, which the system maps page by page, would cost as much as the checks.
+            size = len(columns) * batch.num_rows
+            memory = memory if memory.size >= size else np.empty(size)
+            checked = _plain(batch, configuration, needed, source, row, after, memory)
         if checked is None:
             checked = _validated(batch, columns, configuration, needed, source, row, after)
         row += batch.num_rows
@@ -198,8 +206,9 @@ def _plain(
     source: Path,
     row: int,
     after: int | None,
+    memory: FloatArray,
 ) -> StepBatch | None:
-    """Return the batch if nothing in it can be wrong, otherwise None."""
+    """Return the batch, its frame in `memory`, if nothing in it can be wrong; otherwise None."""
     regime = _regime(batch)
     numbers = _numbers(batch)
     if regime is None or numbers is None or not {"step_id", "step_time_s", "prefill_tokens", "decode_tokens"} <= numbers.keys():
@@ -209,12 +218,18 @@ def _plain(
         return None
     if after is not None and ids[0] <= after:
         return None
-    block = np.empty((len(numbers), len(ids)))
-    for values, column in zip(block, numbers.values(), strict=True):
-        values[:] = column
+    block = memory[: len(numbers) * len(ids)].reshape(len(numbers), len(ids))
+    least_s, floor_s = weight_loading_floor_s(configuration), prefill_floor_s_per_token(configuration)
+    for at in range(0, len(ids), _PIECE_ROWS):
+        own = slice(at, at + _PIECE_ROWS)
+        for values, column in zip(block, numbers.values(), strict=True):
+            values[own] = column[own]
+        piece = dict(zip(numbers, block[:, own], strict=True))
+        if not (
+            _within_schema(piece, numbers) and _possible(piece, configuration.engine.max_num_batched_tokens, least_s, floor_s)
+        ):
+            return None
     by_name = dict(zip(numbers, block, strict=True))
-    if not (_within_schema(block, numbers) and _possible(by_name, configuration)):
-        return None
     frame = pd.DataFrame(block.T, columns=_labels(tuple(numbers)), copy=False)
     derived: list[str] = []
     if any(name in _COLUMNS and name not in by_name for name in needed if name not in {"step_id", "regime"}):
@@ -252,35 +267,45 @@ def _regime(batch: pa.RecordBatch) -> tuple[NDArray[np.int64], tuple[str, ...]] 
     return column.indices.to_numpy().astype(np.int64), tuple(names)
 
 
-def _within_schema(block: FloatArray, numbers: Mapping[str, NDArray[Any]]) -> bool:
-    least, greatest = block.min(axis=1), block.max(axis=1)
-    for (name, given), values, low, high in zip(numbers.items(), block, least, greatest, strict=True):
+def _within_schema(by_name: Mapping[str, FloatArray], given: Mapping[str, NDArray[Any]]) -> bool:
+    for name, values in by_name.items():
         column = _COLUMNS.get(name)
         if column is None:
             continue
+        low, high = values.min(), values.max()
         # A comparison with NaN is false.
         above = low > column.minimum if column.exclusive_minimum else low >= column.minimum
         if not (above and high <= column.maximum and np.isfinite(low) and np.isfinite(high)):
             return False
-        if column.whole and given.dtype.kind == "f" and (np.floor(values) != values).any():
+        if column.whole and given[name].dtype.kind == "f" and (np.floor(values) != values).any():
             return False
     return True
 
 
-def _possible(by_name: Mapping[str, FloatArray], configuration: ServingConfiguration) -> bool:
-    """Return whether every batch is one that an engine runs, in a time that the hardware can do."""
+def _possible(by_name: Mapping[str, FloatArray], most_tokens: int, least_s: float, token_s: float) -> bool:
+    """Return whether every batch is one that an engine runs, in a time that the hardware can do.
+
+    Parameters
+    ----------
+    by_name : mapping of str to ndarray
+        Columns within the schema.
+    most_tokens : int
+        Largest batch.
+    least_s, token_s : float
+        Least seconds of a step, and of a prefill token.
+    """
     prefill, decode, time = by_name["prefill_tokens"], by_name["decode_tokens"], by_name["step_time_s"]
     tokens = prefill + decode
-    if not (tokens.min() > 0 and tokens.max() <= configuration.engine.max_num_batched_tokens):
+    if not (tokens.min() > 0 and tokens.max() <= most_tokens):
         return False
     for phase, count in (("prefill_requests", prefill), ("decode_requests", decode)):
         requests = by_name.get(phase)
-        # Fewer tokens than requests, or tokens of nobody.
-        if requests is not None and not ((count >= requests).all() and ((requests > 0) | (count == 0)).all()):
+        # Fewer tokens than requests, or tokens of nobody: the product of whole numbers is smaller only where requests are 0.
+        if requests is not None and not ((count >= requests).all() and (count * requests >= count).all()):
             return False
-    if time.min() < SETTINGS.slack * weight_loading_floor_s(configuration):
+    if time.min() < SETTINGS.slack * least_s:
         return False
-    return bool((time >= SETTINGS.slack * prefill_floor_s_per_token(configuration) * prefill).all())
+    return bool((time >= SETTINGS.slack * token_s * prefill).all())
 
 
 def _validated(
