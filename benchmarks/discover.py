@@ -26,7 +26,7 @@ import pandas as pd
 from hfdtl_bayes.features import candidate, candidate_names, feature_set
 from hfdtl_bayes.traces import TraceStore, time_blocks
 from hfdtl_bayes.transfer import usable_rows
-from hfdtl_bayes.transfer.discovery import testable
+from hfdtl_bayes.transfer.discovery import usable_candidates
 from hfdtl_bayes.transfer.term_evidence import Problem, Traces, model
 from hfdtl_bayes.transfer.term_search import DiscoverySettings, Search, search
 
@@ -35,15 +35,23 @@ GPU = (
     "mixtral-8x7b_h100-sxm_tp2_vllm0.24.0",
     "llama3-8b_a100-sxm_tp1_vllm0.14.0",
 )
-CPU = ("c01_llama-s_base", "c09_llama-m_base", "c11_moe_base", "c13_qwen-s_base")
-SCENES = {"gpu": ("gpu_steps", GPU), "gpu target": ("gpu_steps", GPU[:1]), "cpu": ("vllm_cpu", CPU), "cpu target": ("vllm_cpu", CPU[:1])}
+CPU = (
+    "c01_llama-s_base", "c02_llama-s_seqs8", "c03_llama-s_seqs128", "c07_llama-s_fp32", "c09_llama-m_base", "c11_moe_base",
+    "c13_qwen-s_base", "c14_llama-s_tightkv",
+)  # fmt: skip
+SCENES = {
+    "gpu": ("gpu_steps", GPU),
+    "gpu target": ("gpu_steps", GPU[:1]),
+    "cpu": ("vllm_cpu", CPU),
+    "cpu target": ("vllm_cpu", CPU[:1]),
+}
 """Designs by name: which store of those given, by its folder's name, and which configurations."""
 PLANTS = (
     "prefill_kv_usage", "prefill_decode", "decode_kv_usage", "decode_squared", "kv_usage_squared", "prefill_waiting",
     "waiting_kv_usage", "waiting", "has_prefill", "full_budget", "decode_above_64", "decode_above_128",
 )  # fmt: skip
 """Interactions, steps and hinges to plant, where the traces can have them."""
-SMALLEST, LARGEST = 0.03, 0.08
+SMALLEST, MIDDLE, LARGEST = 0.03, 0.05, 0.08
 """Mean share of a planted term in the time of the steps that have it."""
 UNLIKE = 0.25
 """Relative sd of a planted coefficient between configurations."""
@@ -64,14 +72,21 @@ class Scene:
 
     @property
     def plants(self) -> list[str]:
-        """Terms that can be planted: enough rows have them."""
+        """Terms that can be planted: enough rows have them, and the largest share needs no coefficient beyond the prior range."""
         names = {c.name for c in self.problem.candidates}
         found = []
         for n in (p for p in PLANTS if p in names):
-            columns = [t.column(self.problem.candidate(n).feature) for t in self.problem.traces]
-            if np.mean(np.concatenate(columns) != 0) >= FEWEST_ACTIVE:
+            relative = self.relative(n)
+            active = relative != 0
+            most = self.problem.candidate(n).feature.prior.high
+            if active.mean() >= FEWEST_ACTIVE and LARGEST / relative[active].mean() <= most:
                 found.append(n)
         return found
+
+    def relative(self, name: str) -> np.ndarray:
+        """Return a candidate's column over the scale of the step, over all configurations."""
+        columns = [t.column(self.problem.candidate(name).feature) for t in self.problem.traces]
+        return np.concatenate([c / s for c, s in zip(columns, self.scale, strict=True)])
 
 
 @cache
@@ -80,7 +95,7 @@ def scene(store: str, configs: tuple[str, ...], features: str) -> Scene:
     opened = TraceStore(store)
     chosen = feature_set(features)
     read = [(usable_rows(opened.steps(c).frame, opened.configuration(c), chosen), opened.configuration(c)) for c in configs]
-    kept, _ = testable([candidate(n) for n in candidate_names()], chosen, read)
+    kept, _ = usable_candidates([candidate(n) for n in candidate_names()], chosen, read)
     columns = [*chosen.features, *(c.feature for c in kept)]
     problem = Problem.of(chosen, kept, [Traces.of(f, c, columns, 20) for f, c in read])
     fitted = model(problem, problem.statistics(), ())
@@ -93,14 +108,13 @@ def scene(store: str, configs: tuple[str, ...], features: str) -> Scene:
     return Scene(problem, tuple(design), tuple(scale), drawn["theta"], *fitted.errors)
 
 
-def simulated(on: Scene, planted: str | None, rng: np.random.Generator) -> Problem:
-    """Return the problem with step times simulated from the fit, a term planted or none."""
-    share = rng.uniform(SMALLEST, LARGEST)
+def simulated(on: Scene, planted: str | None, share: float, rng: np.random.Generator) -> Problem:
+    """Return the problem with step times simulated from the fit, and a term of mean share `share` planted or none."""
     draw = on.theta[rng.integers(len(on.theta))]
     means = [x @ draw[c] for c, x in enumerate(on.design)]
     if planted is not None:
         columns = [t.column(on.problem.candidate(planted).feature) for t in on.problem.traces]
-        relative = np.concatenate([c / s for c, s in zip(columns, on.scale, strict=True)])
+        relative = on.relative(planted)
         coefficient = share / relative[relative != 0].mean()
         means = [m + coefficient * (1 + UNLIKE * rng.standard_normal()) * c for m, c in zip(means, columns, strict=True)]
     traces = []
@@ -134,10 +148,18 @@ def replication(
 ) -> dict[str, object]:
     """Simulate once and search."""
     on = scene(store, configs, features)
-    problem = simulated(on, planted, np.random.default_rng([seed, 0 if planted is None else 1 + PLANTS.index(planted)]))
+    rng = np.random.default_rng([seed, 0 if planted is None else 1 + PLANTS.index(planted)])
+    share = float(rng.uniform(SMALLEST, LARGEST))
+    problem = simulated(on, planted, share, rng)
     started = time.perf_counter()
     found = search(problem, settings)
-    return {"planted": planted or "", "seed": seed, "seconds": time.perf_counter() - started, **outcome(found, planted)}
+    return {
+        "planted": planted or "",
+        "share": share,
+        "seed": seed,
+        "seconds": time.perf_counter() - started,
+        **outcome(found, planted),
+    }
 
 
 def rates(results: pd.DataFrame) -> pd.DataFrame:
@@ -146,7 +168,10 @@ def rates(results: pd.DataFrame) -> pd.DataFrame:
     for (name, planted), own in results.groupby(["scene", "planted"], sort=False):
         rows.append(_rates(str(name), str(planted) or "nothing", own))
     for name, own in results[results["planted"] != ""].groupby("scene", sort=False):
-        rows.append(_rates(str(name), "any of these", own))
+        for low, high in ((SMALLEST, MIDDLE), (MIDDLE, LARGEST), (SMALLEST, LARGEST)):
+            inside = own[own["share"].between(low, high)]
+            if len(inside):
+                rows.append(_rates(str(name), f"any, {low:.0%} to {high:.0%}", inside))
     return pd.DataFrame(rows)
 
 
@@ -159,6 +184,7 @@ def _rates(name: str, planted: str, own: pd.DataFrame) -> dict[str, object]:
         "found": own["found"].mean() if something else np.nan,
         "named first": own["first"].mean() if something else np.nan,
         "median set": own.loc[own["found"], "set"].median() if something else np.nan,
+        "largest set": own["set"].max() if something else np.nan,
         "names another": (own["others"] > 0).mean(),
         "seconds": own["seconds"].median(),
     }
@@ -193,7 +219,9 @@ def main() -> None:
     parser.add_argument("stores", type=Path, nargs="+")
     parser.add_argument("--scenes", nargs="+", choices=list(SCENES), default=list(SCENES))
     parser.add_argument("--features", default="roofline")
-    parser.add_argument("--replications", type=int, default=200, help="with nothing planted, and as many with something, per scene")
+    parser.add_argument(
+        "--replications", type=int, default=200, help="with nothing planted, and as many with something, per scene"
+    )
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--out", type=Path, default=None, help="write every replication as CSV")
     arguments = parser.parse_args()

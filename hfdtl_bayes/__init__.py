@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from hfdtl_bayes.configuration import ServingConfiguration, configuration_from_huggingface, gpu, read_configuration
     from hfdtl_bayes.errors import HfdtlError, RejectedRowsWarning
     from hfdtl_bayes.export import blis_flags, blis_vectors, blis_yaml
-    from hfdtl_bayes.features import Feature, FeatureSet, feature_set, operating_points, register_feature_set
+    from hfdtl_bayes.features import Feature, FeatureSet, feature_set, operating_points, register_candidate, register_feature_set
     from hfdtl_bayes.model import (
         LatencyPosterior,
         PriorSettings,
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         calibrate,
         combine_donors,
         cross_validate,
+        discover,
         evaluate,
         fit_donors,
         forget,
@@ -66,6 +67,7 @@ _HOME = {
     "combine_donors": "transfer",
     "configuration_from_huggingface": "configuration",
     "cross_validate": "transfer",
+    "discover": "transfer",
     "evaluate": "transfer",
     "feature_set": "features",
     "fit": "model",
@@ -81,6 +83,7 @@ _HOME = {
     "read_priors": "model",
     "read_requests": "traces",
     "read_steps": "traces",
+    "register_candidate": "features",
     "register_feature_set": "features",
     "run_demo": "cli.demo",
     "sample_store_path": "sample",
@@ -112,6 +115,7 @@ __all__ = [
     "combine_donors",
     "configuration_from_huggingface",
     "cross_validate",
+    "discover",
     "evaluate",
     "feature_set",
     "fit",
@@ -127,6 +131,7 @@ __all__ = [
     "read_priors",
     "read_requests",
     "read_steps",
+    "register_candidate",
     "register_feature_set",
     "run_demo",
     "sample_store_path",

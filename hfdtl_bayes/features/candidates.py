@@ -83,7 +83,10 @@ def expert_rows(frame: pd.DataFrame, configuration: ServingConfiguration, tile: 
 
 
 def expert_tile_padding_s(frame: pd.DataFrame, configuration: ServingConfiguration) -> FloatArray:
-    """Return the time that padding the experts' tiles takes at peak FLOP/s, shape (n,): 2 * padded rows * expert_params * layers / (tp * peak)."""
+    """Return the time that padding the experts' tiles takes at peak, shape (n,).
+
+    2 * padded rows * expert_params * num_moe_layers / (tp * peak_flops).
+    """
     llm = configuration.llm
     if not llm.num_moe_layers:
         return np.zeros(len(frame))
@@ -150,7 +153,7 @@ def _product(name: str, first: str, second: str, width: float, meaning: str) -> 
 def _in_steps(
     name: str,
     formula: str,
-    compute: Callable[[pd.DataFrame, ServingConfiguration], FloatArray],
+    compute: Callable[[pd.DataFrame, ServingConfiguration], FloatArray | NDArray[np.bool_]],
     columns: Sequence[str],
     meaning: str,
     go: str,

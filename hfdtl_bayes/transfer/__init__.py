@@ -24,6 +24,7 @@ from hfdtl_bayes.transfer.crps import crps, crps_of_draws, crps_of_normals
 from hfdtl_bayes.transfer.delays import DelayScores, WaitRule, calibrate_delays, score_delays
 from hfdtl_bayes.transfer.donor_choice import DonorChoiceSettings, DonorRanking, rank_donors
 from hfdtl_bayes.transfer.donors import combine_donors, discounts_from, forget, promote
+from hfdtl_bayes.transfer.discovery import Discovery, Term, discover
 from hfdtl_bayes.transfer.evaluation import HeldOut, attainable_mape, evaluate
 from hfdtl_bayes.transfer.folds import LEAVE_OUT, Fold, Skipped
 from hfdtl_bayes.transfer.held_out_score import held_out_score
@@ -39,6 +40,7 @@ from hfdtl_bayes.transfer.scores import (
     row_log_density,
 )
 from hfdtl_bayes.transfer.streaming import TargetStream
+from hfdtl_bayes.transfer.term_search import DiscoverySettings
 from hfdtl_bayes.transfer.transfer_error import TransferError
 from hfdtl_bayes.transfer.variance import VarianceSources, variance_sources
 from hfdtl_bayes.transfer.verdict import Outcome, Verdict, VerdictSettings, verdict
@@ -53,6 +55,8 @@ __all__ = [
     "DelayScores",
     "DonorChoiceSettings",
     "DonorRanking",
+    "Discovery",
+    "DiscoverySettings",
     "Fold",
     "HeldOut",
     "Outcome",
@@ -60,6 +64,7 @@ __all__ = [
     "Skipped",
     "Status",
     "TargetStream",
+    "Term",
     "TransferError",
     "VarianceSources",
     "Verdict",
@@ -80,6 +85,7 @@ __all__ = [
     "crps_of_draws",
     "crps_of_normals",
     "discounts_from",
+    "discover",
     "evaluate",
     "fit_donors",
     "fit_ridge_donors",

@@ -264,10 +264,9 @@ def discover(
     block_length: int = DEFAULT_BLOCK_LENGTH,
     priors: PriorSettings | None = None,
     settings: DiscoverySettings | None = None,
+    seed: int = 0,
 ) -> Discovery:
     """Find what is missing from a feature set on the traces of some configurations.
-
-    Nothing is drawn at random but what the share `explained` is computed from, with a fixed seed: the same traces give the same result.
 
     Parameters
     ----------
@@ -284,6 +283,9 @@ def discover(
         Steps per drift block.
     priors : PriorSettings, optional
     settings : DiscoverySettings, optional
+    seed : int
+        Of the draws that sizes and the share `explained` are computed from; the choice of terms depends on it only where projection
+        drops one by a hair.
 
     Returns
     -------
@@ -303,11 +305,11 @@ def discover(
     library = _library(candidates if candidates is not None else candidate_names(chosen.quantity), chosen.quantity)
     recordings = _recordings(traces, configs, chosen)
     _require_blocks(recordings, block_length, settings)
-    usable, not_tested = testable(library, chosen, recordings, asked=asked)
+    usable, not_tested = usable_candidates(library, chosen, recordings, asked=asked)
     columns = [*chosen.features, *(c.feature for c in usable)]
     read = [Traces.of(f, c, columns, block_length) for f, c in recordings]
     problem = Problem.of(chosen, usable, read, priors)
-    found = search(problem, settings)
+    found = search(problem, settings, seed=seed)
     not_tested |= {n: _collinear(v) for n, v in found.collinear.items()}
     by_name = {c.name: c for c in usable}
     terms = [f.name for f in found.terms]
@@ -320,7 +322,7 @@ def discover(
         quantity=chosen.quantity,
         config_ids=tuple(c.config_id for _, c in recordings),
         rows={c.config_id: len(f) for f, c in recordings},
-        terms=_terms(problem, found, by_name),
+        terms=_terms(problem, found, by_name, seed),
         rejected=found.rejected,
         not_tested=not_tested,
         dropped=found.dropped,
@@ -329,8 +331,8 @@ def discover(
         more=found.more,
         explained=found.explained,
         gains=found.gains,
-        blis_error=_blis_error(problem, found.final) if terms else None,
-        blis_error_before=_blis_error(problem, found.base) if terms else None,
+        blis_error=_blis_error(problem, found.final, seed) if terms else None,
+        blis_error_before=_blis_error(problem, found.base, seed) if terms else None,
         feature_set=extended,
         settings=settings,
     )
@@ -400,7 +402,7 @@ def _require_blocks(recordings: Sequence[Recording], block_length: int, settings
             )
 
 
-def testable(
+def usable_candidates(
     library: Sequence[Candidate], features: FeatureSet, recordings: Sequence[Recording], *, asked: bool = False
 ) -> tuple[list[Candidate], dict[str, str]]:
     """Split candidates into those that can be tested and those that cannot, with the reason.
@@ -453,7 +455,7 @@ def _unusable(feature: Feature, recordings: Sequence[Recording]) -> str | None:
     return None
 
 
-def _terms(problem: Problem, found: Search, candidates: dict[str, Candidate]) -> tuple[Term, ...]:
+def _terms(problem: Problem, found: Search, candidates: dict[str, Candidate], seed: int) -> tuple[Term, ...]:
     """Describe the terms of a search by the coefficients at the mode of the scales."""
     if not found.terms:
         return ()
@@ -461,7 +463,7 @@ def _terms(problem: Problem, found: Search, candidates: dict[str, Candidate]) ->
     features = final.density.feature_set
     order = [f.name for f in (*features.base, *features.config, *features.residual)]
     mean, covariance = (v[0] for v in final.density.population(final.mode[None]))
-    theta = final.density.draw(np.repeat(final.mode[None], _DRAWS, axis=0), np.random.default_rng(0))["theta"]
+    theta = final.density.draw(np.repeat(final.mode[None], _DRAWS, axis=0), np.random.default_rng(seed))["theta"]
     described = []
     for f in found.terms:
         c = candidates[f.name]
@@ -496,13 +498,13 @@ def _terms(problem: Problem, found: Search, candidates: dict[str, Candidate]) ->
     return tuple(described)
 
 
-def _blis_error(problem: Problem, fitted: Model) -> float | None:
+def _blis_error(problem: Problem, fitted: Model, seed: int) -> float | None:
     """Return the mean relative difference between fitted step times and the closest non-negative vector on BLIS's basis."""
     basis = feature_set("blis-physics")
     frames = [t.frame for t in problem.traces]
     if problem.features.quantity != "step_time" or any(c not in f.columns for f in frames for c in basis.columns):
         return None
-    theta = fitted.density.draw(np.repeat(fitted.mode[None], _DRAWS, axis=0), np.random.default_rng(0))["theta"].mean(axis=0)
+    theta = fitted.density.draw(np.repeat(fitted.mode[None], _DRAWS, axis=0), np.random.default_rng(seed))["theta"].mean(axis=0)
     errors = []
     for t, own in zip(problem.traces, theta, strict=True):
         predicted = fitted.density.feature_set.design(t.frame, t.configuration) @ own

@@ -6,7 +6,8 @@ and of each configuration, are integrated out in closed form (`ExactDensity`); t
 approximation at their mode, in the coordinates in which the exact engine samples because they are nearly normal there.
 
 For screening, the scales stay at or near the mode of the model without the candidate, its own group sd at the median of its prior: one
-evaluation per candidate. No mode is sought, so it understates; those near the top are refined. Drift is part of the covariance throughout: what varies only between blocks competes with the drift of the blocks.
+evaluation per candidate. No mode is sought, so it understates; those near the top are refined. Drift is part of the covariance
+throughout: what varies only between blocks competes with the drift of the blocks.
 """
 
 from __future__ import annotations

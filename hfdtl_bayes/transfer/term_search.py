@@ -51,10 +51,12 @@ class DiscoverySettings:
     """Correlation, of what the features leave of two candidates, from which rows cannot tell them apart: the two belong to one set."""
     refined: int = 4
     """Candidates whose scales are found anew at each step; the others keep the screening's value."""
-    calibration_rows: int = 100
-    """Rows of a left-out configuration that its coefficients are updated on: what the design calibrates a target on."""
-    improvement: float = 2.0
-    """Standard errors by which the log density or the MAPE of held-out blocks must improve, and by which the other must not be worse."""
+    calibration_rows: int = 400
+    """Rows of a left-out configuration that its coefficients are updated on: enough that held-out rows tell of the term and not of
+    how uncertain everything else still is."""
+    improvement: float = 1.0
+    """Standard errors by which the log density or the MAPE of held-out blocks must improve: more than its uncertainty. The Bayes factor
+    guards against naming something where nothing is; this guards against what holds on the fitted rows only."""
     collinear: float = 1e-6
     """Share of a candidate's square left by the features below which the two are one: a condition index of 1000."""
     not_needed: float = 0.01
@@ -179,7 +181,7 @@ def _look(
     collinear = {n: float(1 / np.sqrt(max(v, 1e-30))) for n, v in zip(by_row, rows.left, strict=True) if v < settings.collinear}
     kept = [n for n in names if n not in collinear]
     factors = screen(problem, full, base, kept)
-    if len(kept) and np.logaddexp.reduce(factors) - np.log(len(kept)) > np.log(settings.bayes_factor) - _DOUBT:
+    if kept and np.logaddexp.reduce(factors) - np.log(len(kept)) > np.log(settings.bayes_factor) - _DOUBT:
         for i in np.argsort(-factors)[: settings.refined]:
             factors[i] = model(problem, full, [*base.terms, kept[i]]).log_evidence - base.log_evidence
     correlation = np.eye(len(kept))
@@ -207,13 +209,15 @@ def _swapped(
     return found
 
 
-def search(problem: Problem, settings: DiscoverySettings) -> Search:
+def search(problem: Problem, settings: DiscoverySettings, *, seed: int = 0) -> Search:
     """Search for the terms that a problem's features lack.
 
     Parameters
     ----------
     problem : Problem
     settings : DiscoverySettings
+    seed : int
+        Of the draws that are projected.
     """
     names = [c.name for c in problem.candidates]
     found: list[Found] = []
@@ -248,7 +252,7 @@ def search(problem: Problem, settings: DiscoverySettings) -> Search:
         full = problem.statistics([f.name for f in found])
         found = _swapped(problem, full, found, [n for n in names if n not in excluded], settings)
         current = model(problem, full, [f.name for f in found])
-    found, dropped = _pruned(problem, full, found, settings)
+    found, dropped = _pruned(problem, full, found, settings, seed)
     terms = [f.name for f in found]
     if not found:
         full = problem.statistics()
@@ -260,7 +264,7 @@ def search(problem: Problem, settings: DiscoverySettings) -> Search:
         collinear=collinear,
         probability=float(1 / (1 + np.exp(-np.clip(log_mean, -700, 700)))),
         more=more,
-        explained=explained_share(problem, full, final, [n for n in names if n not in collinear]) if found else 0.0,
+        explained=explained_share(problem, full, final, [n for n in names if n not in collinear], seed) if found else 0.0,
         gains=held_out_gains(problem, full, (), terms, settings.calibration_rows) if found else {},
         base=base,
         final=final,
@@ -270,7 +274,7 @@ def search(problem: Problem, settings: DiscoverySettings) -> Search:
 
 
 def _pruned(
-    problem: Problem, full: Sequence[ConfigStatistics], found: list[Found], settings: DiscoverySettings
+    problem: Problem, full: Sequence[ConfigStatistics], found: list[Found], settings: DiscoverySettings, seed: int
 ) -> tuple[list[Found], dict[str, str]]:
     """Drop terms that the others make needless, the least needed first; the gains of those kept are beside all others."""
     dropped: dict[str, str] = {}
@@ -278,7 +282,7 @@ def _pruned(
     while found:
         terms = [f.name for f in found]
         kept = model(problem, full, terms)
-        share = explained_share(problem, full, kept, names) if len(found) > 1 else np.nan
+        share = explained_share(problem, full, kept, names, seed) if len(found) > 1 else np.nan
         checked, reasons = [], {}
         for f in found:
             rest = [t for t in terms if t != f.name]
@@ -292,7 +296,7 @@ def _pruned(
             new = Found(
                 f.name, f.one_of, f.log_bayes_factor, held_out_gains(problem, full, rest, terms, settings.calibration_rows)
             )
-            lost = 1.0 - explained_share(problem, full, without, names) / share if share > 0 else 1.0
+            lost = 1.0 - explained_share(problem, full, without, names, seed) / share if share > 0 else 1.0
             if factor <= np.log(settings.bayes_factor):
                 reasons[f.name] = f"beside {', '.join(rest)} its Bayes factor is {np.exp(factor):.3g}"
             elif not new.gain.improves(settings.improvement):
@@ -308,7 +312,9 @@ def _pruned(
     return [], dropped
 
 
-def explained_share(problem: Problem, full: Sequence[ConfigStatistics], kept: Model, names: Sequence[str]) -> float:
+def explained_share(
+    problem: Problem, full: Sequence[ConfigStatistics], kept: Model, names: Sequence[str], seed: int = 0
+) -> float:
     """Return the share of the discrepancy between a reference with all candidates and the features alone that a model accounts for.
 
     Draws of the reference's coefficients given the scales are projected one by one: with Gaussian errors of the same covariance
@@ -321,7 +327,7 @@ def explained_share(problem: Problem, full: Sequence[ConfigStatistics], kept: Mo
     density = ExactDensity(statistics, reference, problem.priors)
     added = density.count_coef - kept.density.count_coef
     at = np.insert(kept.mode, kept.density.count_coef, np.full(added, problem.priors.deviation.log_mean))
-    theta = density.draw(np.repeat(at[None], _DRAWS, axis=0), np.random.default_rng(0))["theta"]
+    theta = density.draw(np.repeat(at[None], _DRAWS, axis=0), np.random.default_rng(seed))["theta"]
     sigma, omega = kept.errors
     left = np.zeros(2)
     for c, s in enumerate(statistics):

@@ -8,21 +8,21 @@ are no others: half of the stretches of its recording predict the other half, fr
 The score is the log density of each held-out block's rows jointly, its drift integrated out. Absolute percentage errors, which are
 reported beside it, ignore that the rows of a block share an error: on a drifting machine they hardly see a term of a few
 per cent that the rows within blocks show plainly. Noise and drift are those the calibration rows and the other configurations
-make most probable; both scores are differences on the same rows, summed over stretches of consecutive blocks, whose scatter gives
-their uncertainty.
+make most probable, the same for both models. Both scores are differences on the same rows, summed over stretches of consecutive
+blocks, whose scatter gives their uncertainty; it is that of these configurations' rows, not of which configurations there are.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
 from hfdtl_bayes.features import FeatureSet
-from hfdtl_bayes.model import PriorSettings
+from hfdtl_bayes.model import PositiveRange, PriorSettings
 from hfdtl_bayes.model.exact import population_loading
 from hfdtl_bayes.model.priors import deviation_scale, population_mean, population_sd
 from hfdtl_bayes.statistics import ConfigStatistics, RowScaling, config_to_constant, statistics_from_rows
@@ -34,7 +34,9 @@ FloatArray = NDArray[np.float64]
 
 STRETCH = 5
 """Time blocks taken together for the uncertainty of a score: neighbours on a real machine are not independent."""
-_GRID = 21
+_GRID, _ZOOMS = 9, 4
+_WORSE = 2.0
+"""Standard errors by which one score may be worse while the other improves."""
 _SPREAD = 0.7
 """Sd of the log of noise and of drift between configurations, when some are known."""
 
@@ -73,9 +75,9 @@ class Gain:
         return 100 * self.mape_se
 
     def improves(self, factor: float) -> bool:
-        """Whether log density or MAPE improves by more than `factor` standard errors and neither is worse by as much."""
+        """Whether log density or MAPE improves by more than `factor` standard errors and neither is worse by more than two."""
         nats, points = self.nats / max(self.nats_se, 1e-300), self.points / max(self.points_se, 1e-300)
-        return max(nats, points) > factor and min(nats, points) > -factor
+        return max(nats, points) > factor and min(nats, points) > -_WORSE
 
 
 def together(gains: Sequence[Gain]) -> Gain:
@@ -134,45 +136,87 @@ def _prior_of_coefficients(
     return loading @ population_mean(features), rooted @ rooted.T + np.diag(spread**2), np.array([]), np.array([])
 
 
-def _error_grid(priors: PriorSettings, log_sigma: FloatArray, log_omega: FloatArray) -> tuple[FloatArray, FloatArray, FloatArray]:
-    """Return log sigma, log omega and their log prior density on a grid, shape (N,) each."""
+def _error_axes(priors: PriorSettings, log_sigma: FloatArray, log_omega: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """Return mean and sd of the prior of log noise and log drift, shape (2,) each, the drift's NaN where there is none."""
 
-    def axis(known: FloatArray, centre: float, sd: float) -> tuple[FloatArray, FloatArray]:
-        if len(known):
-            centre, sd = float(known.mean()), float(np.hypot(_SPREAD, known.std()))
-        z = np.linspace(-3.0, 3.0, _GRID)
-        return centre + sd * z, -0.5 * z**2
+    def of(known: FloatArray, range_: PositiveRange | None) -> tuple[float, float]:
+        if range_ is None:
+            return float("nan"), float("nan")
+        return (float(known.mean()), float(np.hypot(_SPREAD, known.std()))) if len(known) else (range_.log_mean, range_.log_sd)
 
-    a, log_a = axis(log_sigma, priors.noise.log_mean, priors.noise.log_sd)
-    if priors.drift is None:
-        return a, np.full(len(a), -np.inf), log_a
-    b, log_b = axis(log_omega, priors.drift.log_mean, priors.drift.log_sd)
-    one, other = np.meshgrid(a, b, indexing="ij")
-    return one.ravel(), other.ravel(), (log_a[:, None] + log_b).ravel()
+    centre, sd = zip(of(log_sigma, priors.noise), of(log_omega, priors.drift), strict=True)
+    return np.array(centre), np.array(sd)
 
 
-def _updated(
-    own: ConfigStatistics, mean: FloatArray, covariance: FloatArray, sigma: FloatArray, omega: FloatArray, log_prior: FloatArray
-) -> tuple[FloatArray, FloatArray, float, float]:
-    """Return mean and covariance of coefficients given calibration rows, at the most probable noise and drift.
+@dataclass(frozen=True)
+class _Calibrated:
+    """A model's coefficients of one configuration given its calibration rows, as a function of noise and drift.
 
     With r = z - R m, G = sum R'R / v_j, b = sum R'r / v_j and the prior covariance L L':
     -2 log p = sum n_j log v_j + sum r'r / v_j - b'L (I + L'GL)^-1 L'b + log |I + L'GL|.
     """
-    k = len(mean)
-    root = np.linalg.cholesky(covariance + 1e-12 * np.diag(np.diag(covariance)))
-    design = [s.triangle[:, :k] @ root for s in own.strata]
-    left = [s.triangle[:, k] - s.triangle[:, :k] @ mean for s in own.strata]
-    count = np.array([s.count for s in own.strata], dtype=float)
-    multiplier = np.array([s.multiplier for s in own.strata], dtype=float)
-    weight = 1.0 / (np.exp(2 * sigma)[:, None] + multiplier * np.exp(2 * omega)[:, None])
-    gram = np.eye(k) + np.tensordot(weight, np.array([d.T @ d for d in design]), axes=1)
-    target = weight @ np.array([d.T @ r for d, r in zip(design, left, strict=True)])
-    solved = np.linalg.solve(gram, target[..., None])[..., 0]
-    square = weight @ np.array([r @ r for r in left])
-    value = -np.log(weight) @ count + square - (target * solved).sum(axis=1) + np.linalg.slogdet(gram)[1]
-    best = int(np.argmax(log_prior - 0.5 * value))
-    return mean + root @ solved[best], root @ np.linalg.inv(gram[best]) @ root.T, float(sigma[best]), float(omega[best])
+
+    mean: FloatArray
+    root: FloatArray
+    grams: FloatArray
+    targets: FloatArray
+    squares: FloatArray
+    count: FloatArray
+    multiplier: FloatArray
+
+    @classmethod
+    def of(cls, own: ConfigStatistics, mean: FloatArray, covariance: FloatArray) -> _Calibrated:
+        k = len(mean)
+        root = _root(covariance)
+        design = [s.triangle[:, :k] @ root for s in own.strata]
+        left = [s.triangle[:, k] - s.triangle[:, :k] @ mean for s in own.strata]
+        return cls(
+            mean,
+            root,
+            np.array([d.T @ d for d in design]),
+            np.array([d.T @ r for d, r in zip(design, left, strict=True)]),
+            np.array([r @ r for r in left]),
+            np.array([s.count for s in own.strata], dtype=float),
+            np.array([s.multiplier for s in own.strata], dtype=float),
+        )
+
+    def solved(self, sigma: FloatArray, omega: FloatArray) -> tuple[FloatArray, FloatArray, FloatArray]:
+        """Return log density, L^-1 (coefficients' mean - m) and I + L'GL at noise and drift, shapes (N,), (N, K), (N, K, K)."""
+        weight = 1.0 / (sigma[:, None] ** 2 + self.multiplier * omega[:, None] ** 2)
+        gram = np.eye(len(self.mean)) + np.tensordot(weight, self.grams, axes=1)
+        target = weight @ self.targets
+        solved = np.linalg.solve(gram, target[..., None])[..., 0]
+        logs = -np.log(weight) @ self.count + weight @ self.squares - (target * solved).sum(axis=1) + np.linalg.slogdet(gram)[1]
+        return -0.5 * logs, solved, gram
+
+    def coefficients(self, sigma: float, omega: float) -> tuple[FloatArray, FloatArray]:
+        """Return mean and covariance of the coefficients."""
+        _, solved, gram = self.solved(np.array([sigma]), np.array([omega]))
+        return self.mean + self.root @ solved[0], self.root @ np.linalg.inv(gram[0]) @ self.root.T
+
+
+def _root(covariance: FloatArray) -> FloatArray:
+    return np.linalg.cholesky(covariance + 1e-12 * np.diag(np.diag(covariance)))
+
+
+def _common_errors(models: Sequence[_Calibrated], centre: FloatArray, sd: FloatArray) -> tuple[float, float]:
+    """Return the noise and drift most probable under all models together: what is compared are means, not guesses of the noise.
+
+    The grid over +-3 prior sds is narrowed down around its best point until that is known to a few per cent.
+    """
+    drifts = bool(np.isfinite(centre[1]))
+    at, half = centre.copy(), 3.0 * sd
+    for _ in range(_ZOOMS):
+        a = at[0] + half[0] * np.linspace(-1, 1, _GRID)
+        b = at[1] + half[1] * np.linspace(-1, 1, _GRID) if drifts else np.array([-np.inf])
+        sigma, omega = (v.ravel() for v in np.meshgrid(a, b, indexing="ij"))
+        value = -0.5 * ((sigma - centre[0]) / sd[0]) ** 2
+        if drifts:
+            value = value - 0.5 * ((omega - centre[1]) / sd[1]) ** 2
+        value = value + np.mean([m.solved(np.exp(sigma), np.exp(omega))[0] for m in models], axis=0)
+        best = int(np.argmax(value))
+        at, half = np.array([sigma[best], omega[best]]), half * 2.5 / _GRID
+    return float(np.exp(at[0])), float(np.exp(at[1]))
 
 
 def _block_scores(
@@ -180,14 +224,15 @@ def _block_scores(
     observed: FloatArray,
     scale: FloatArray,
     blocks: NDArray[np.int64],
-    coefficients: tuple[FloatArray, FloatArray, float, float],
+    coefficients: tuple[FloatArray, FloatArray],
+    errors: tuple[float, float],
 ) -> FloatArray:
     """Return the log density of each block's scaled rows, shape (B,), coefficients and drift integrated out.
 
     Given coefficients, the rows of a block of m have covariance s^2 I + o^2 11'; its inverse is (I - o^2 / (s^2 + m o^2) 11') / s^2.
     """
-    mean, covariance, log_sigma, log_omega = coefficients
-    noise, drift = np.exp(2 * log_sigma), np.exp(2 * log_omega)
+    mean, covariance = coefficients
+    noise, drift = errors[0] ** 2, errors[1] ** 2
     starts = np.flatnonzero(np.r_[True, blocks[1:] != blocks[:-1]])
     size = np.diff(np.r_[starts, len(blocks)])
     rows, left = design / scale[:, None], (observed - design @ mean) / scale
@@ -197,7 +242,7 @@ def _block_scores(
     shared = (drift / (noise + size * drift))[:, None, None]
     weighed = (outer - shared * total[:, :, None] * total[:, None, :]) / noise
     gram, target, square = weighed[:, :-1, :-1], weighed[:, :-1, -1], weighed[:, -1, -1]
-    root = np.linalg.cholesky(covariance + 1e-12 * np.diag(np.diag(covariance)))
+    root = _root(covariance)
     inner = np.eye(len(mean)) + root.T @ gram @ root
     moved = target @ root
     explained = (moved * np.linalg.solve(inner, moved[..., None])[..., 0]).sum(axis=1)
@@ -207,27 +252,34 @@ def _block_scores(
 
 
 def _scored(
-    problem: Problem, features: FeatureSet, others: Sequence[ConfigStatistics], fold: _Fold, scaling: RowScaling
-) -> tuple[FloatArray, FloatArray]:
-    """Return log density per held-out block and absolute percentage error per held-out row (NaN where it does not count)."""
+    problem: Problem, models: Sequence[FeatureSet], others: Sequence[ConfigStatistics], fold: _Fold, scaling: RowScaling
+) -> list[tuple[FloatArray, FloatArray]]:
+    """Return of each model log density per held-out block and absolute percentage error per held-out row, NaN where it does not count."""
     trace = problem.traces[fold.place]
-    mean, covariance, log_sigma, log_omega = _prior_of_coefficients(problem, features, others, trace)
     place = {n: i for i, n in enumerate(problem.features.coef_names)}
-    pilot = np.array([scaling.pilot[place[n]] if n in place else 0.0 for n in features.coef_names])
-    own_scaling = RowScaling(pilot, scaling.floor_s, scaling.cutoff, scaling.row_sd, scaling.block_sd)
-    own = statistics_from_rows(
-        fold.calibration, trace.configuration, features, block_length=trace.block_length, scaling=own_scaling
-    )
-    updated = _updated(own, mean, covariance, *_error_grid(problem.priors, log_sigma, log_omega))
-    design = features.design(fold.held_out, trace.configuration)
     observed = problem.observed(Traces(trace.configuration, fold.held_out, trace.block_length))
     blocks = time_blocks(fold.held_out, trace.block_length)
-    scale, _ = own_scaling.rows(design, observed, blocks)
-    scores = _block_scores(design, observed, scale, blocks, updated)
-    counts = scored_rows(observed, features, trace.configuration)
-    errors = np.full(len(observed), np.nan)
-    errors[counts] = np.abs(design[counts] @ updated[0] - observed[counts]) / observed[counts]
-    return scores, errors
+    counts = scored_rows(observed, problem.features, trace.configuration)
+    fitted, scales = [], []
+    for features in models:
+        mean, covariance, log_sigma, log_omega = _prior_of_coefficients(problem, features, others, trace)
+        pilot = np.array([scaling.pilot[place[n]] if n in place else 0.0 for n in features.coef_names])
+        scales.append(replace(scaling, pilot=pilot))
+        own = statistics_from_rows(
+            fold.calibration, trace.configuration, features, block_length=trace.block_length, scaling=scales[-1]
+        )
+        fitted.append(_Calibrated.of(own, mean, covariance))
+    # Noise and drift of the others are those of the last model, which has the more terms.
+    sigma, omega = _common_errors(fitted, *_error_axes(problem.priors, log_sigma, log_omega))
+    found = []
+    for features, calibrated, own_scaling in zip(models, fitted, scales, strict=True):
+        coefficients = calibrated.coefficients(sigma, omega)
+        design = features.design(fold.held_out, trace.configuration)
+        scale, _ = own_scaling.rows(design, observed, blocks)
+        errors = np.full(len(observed), np.nan)
+        errors[counts] = np.abs(design[counts] @ coefficients[0] - observed[counts]) / observed[counts]
+        found.append((_block_scores(design, observed, scale, blocks, coefficients, (sigma, omega)), errors))
+    return found
 
 
 def held_out_gains(
@@ -251,14 +303,14 @@ def held_out_gains(
         By config_id; empty if no rows can be held out.
     """
     models = [problem.extended(t) for t in (before, after)]
-    parts: dict[int, list[tuple[FloatArray, FloatArray, FloatArray, FloatArray]]] = {}
+    parts: dict[int, list[tuple[FloatArray, ...]]] = {}
     for fold in _folds(problem, calibration_rows):
         others = [s for i, s in enumerate(full) if i != fold.place]
         trace = problem.traces[fold.place]
         # The scale of both models is that of the features alone, fitted to what is calibrated on.
         calibration = Traces(trace.configuration, fold.calibration, trace.block_length)
         scaling = problem.scaling(calibration, problem.features, problem.features)
-        (score, error), (new_score, new_error) = (_scored(problem, m, others, fold, scaling) for m in models)
+        (score, error), (new_score, new_error) = _scored(problem, models, others, fold, scaling)
         blocks = time_blocks(fold.held_out, trace.block_length)
         starts = np.flatnonzero(np.r_[True, blocks[1:] != blocks[:-1]])
         _, of_block = np.unique(fold.stretches[starts], return_inverse=True)
@@ -270,7 +322,7 @@ def held_out_gains(
     return {problem.traces[i].configuration.config_id: _gain(own) for i, own in parts.items()}
 
 
-def _gain(parts: Sequence[tuple[FloatArray, FloatArray, FloatArray, FloatArray]]) -> Gain:
+def _gain(parts: Sequence[tuple[FloatArray, ...]]) -> Gain:
     nats, before, after, rows = (np.concatenate(column) for column in zip(*parts, strict=True))
     count, g = max(float(rows.sum()), 1.0), len(nats)
 
