@@ -23,6 +23,7 @@ from hfdtl_bayes.export import idle_api_delay_s
 from hfdtl_bayes.features import response
 from hfdtl_bayes.sample import DONORS, TARGET, sample_store_path
 from hfdtl_bayes.traces import drop_warmup, split_by_regime
+from hfdtl_bayes.transfer import calibrate_delays, score_delays
 
 
 def check_the_rule(frame: pd.DataFrame, configuration: hb.ServingConfiguration) -> None:
@@ -69,20 +70,16 @@ def main() -> None:
         print(f"  donors: {donors.convergence()}")
 
         # Slopes are in reference steps of each configuration, so that a fast engine's queue teaches about a slow one's.
-        requests = hb.usable_rows(tables[arguments.target].frame, configuration, donors.feature_set)
-        rows, held_out = split_by_regime(requests, arguments.regimes.split(","))
-        target = hb.calibrate(donors, rows, configuration, settings=settings, seed=arguments.seed)
+        journeys, held_out = split_by_regime(drop_warmup(tables[arguments.target].frame), arguments.regimes.split(","))
+        target = calibrate_delays(donors, journeys, configuration, settings=settings, seed=arguments.seed)
         print(f"  target: {target.convergence()}")
         table = target.coefficient_table()
         print(table[table["config"] == arguments.target].drop(columns="config").round(2).to_string(index=False))
 
-        print("  on requests of the other regimes; MAPE over those that waited longer than a step:")
-        for name, model in (("zero-shot", donors), (f"{len(rows)} rows", target)):
-            found = hb.evaluate(model, held_out, configuration, seed=arguments.seed)
-            print(
-                f"  {name:>10}: MAPE {found.mape:.1%}, RMSE {found.rmse_s:.3g} s, bias {found.bias:+.1%}, 95 % intervals cover "
-                f"{found.coverage:.1%} of {found.rows} requests and {found.block_coverage:.1%} of {found.blocks} time blocks"
-            )
+        print("  on requests of the other regimes, who waits and how long apart, then the mean delay of each load:")
+        for name, model in (("zero-shot", donors), (f"{len(journeys)} journeys, {len(target.calibration_rows)} fitted", target)):
+            found = score_delays(model, held_out, configuration, seed=arguments.seed)
+            print(f"  {name}: {found}\n{found.by_load.round(3).to_string()}")
         print(f"  wrote {target.save(arguments.out / f'{quantity}.nc')}")
 
     # BLIS's alpha0 is neither: it simulates the waits for the running step and for a slot itself, and wants the lag when idle.

@@ -67,7 +67,8 @@ def test_queue_delay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
         assert saved.target == TARGET
     # 117 of the target's requests find no slot, 16 of them in the regime calibrated on.
     assert "35% of 331 requests find no free slot; that tells who waits longer than a step (28 ms) in 100.0% of cases" in said
-    assert "of 101 requests" in said
+    assert "zero-shot: queue_delay of c09_llama-m_base: who waits is told rightly for 100.0% of 283 requests" in said
+    assert "48 journeys, 16 fitted: queue_delay of c09_llama-m_base" in said
     waiting = LatencyPosterior.load(tmp_path / "queue_delay.nc")
     depth = waiting.coefficient_table().query("config == @TARGET and feature == 'queue_depth'")
     assert (depth["q2.5"] > 0).all()

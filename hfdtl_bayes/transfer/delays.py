@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from hfdtl_bayes.configuration import ServingConfiguration
 from hfdtl_bayes.errors import InputError
 from hfdtl_bayes.features import FeatureSet, response
-from hfdtl_bayes.model import LatencyPosterior
+from hfdtl_bayes.model import LatencyPosterior, SamplerSettings
 from hfdtl_bayes.model.draws import Draws
 from hfdtl_bayes.statistics import DEFAULT_BLOCK_LENGTH, statistics_from_rows
 from hfdtl_bayes.traces import drop_warmup, time_blocks
@@ -150,6 +150,7 @@ def calibrate_delays(
     configuration: ServingConfiguration,
     *,
     engine: str = "auto",
+    settings: SamplerSettings | None = None,
     seed: int = 0,
     show_progress: bool = True,
 ) -> LatencyPosterior:
@@ -167,7 +168,8 @@ def calibrate_delays(
     configuration : ServingConfiguration
         The target's.
     engine : {"auto", "conditional", "exact", "pymc"}
-        As in `calibrate_statistics`.
+    settings : SamplerSettings, optional
+        Both as in `calibrate_statistics`.
     seed, show_progress
         As in `fit`.
 
@@ -193,7 +195,7 @@ def calibrate_delays(
         )
     cutoff = donors.donor_statistics[0].scaling.cutoff
     own = statistics_from_rows(rows, configuration, features, block_length=DEFAULT_BLOCK_LENGTH, outlier_cutoff=cutoff)
-    fitted = calibrate_statistics(donors, own, engine=engine, seed=seed, show_progress=show_progress)
+    fitted = calibrate_statistics(donors, own, engine=engine, settings=settings, seed=seed, show_progress=show_progress)
     return replace(fitted, calibration_rows=rows.index.to_numpy(dtype=np.int64))
 
 
