@@ -120,6 +120,7 @@ def test_promotion_with_more_rows() -> None:
         promote(target, replace(of(3)[0], feature_set="other"))
 
 
+@pytest.mark.slow
 def test_a_target_calibrated_on_promoted_donors_is_the_joint_fit() -> None:
     """Conditioning twice, a promotion between: the draws are worth less each time, and say so."""
     start = fit(of(0, 1), TINY, PRIORS, replace(SAMPLER, draws=2000), seed=5, **QUIET)
@@ -183,6 +184,7 @@ def test_forgetting_refits_where_weights_degenerate_or_on_request() -> None:
     agree((found, fitted(0, 2, 3)))
 
 
+@pytest.mark.slow
 def test_forgetting_keeps_target_discounts_and_draws_that_can_be_calibrated_from() -> None:
     priors = PRIORS.with_discounts({"c0": 0.5, "c1": 0.4})
     whole = replace(fitted(0, 1, 2, 3, target="c3", priors=priors), calibration_rows=np.arange(200))
@@ -205,8 +207,8 @@ def test_forgetting_without_drift() -> None:
     whole = fit(of(0, 1, 2, 3), TINY, priors, SAMPLER, **QUIET)
     found = reweighted_without(whole, "c0", seed=1)
     assert "omega" not in found.posterior.tree["posterior"]
-    if not found.reason:
-        agree((found.posterior, fit(of(1, 2, 3), TINY, priors, SAMPLER, seed=2, **QUIET)))
+    assert found.reweighting.pareto_k < 0.7
+    agree((found.posterior, fit(of(1, 2, 3), TINY, priors, SAMPLER, seed=2, **QUIET)))
 
 
 @pytest.mark.parametrize(
