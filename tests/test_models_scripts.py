@@ -102,3 +102,14 @@ def test_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     assert "zero-shot, the slowest step of the recording:" in said
     assert f"{own.rows:5d} steps, " in said
     assert "without " in said
+
+
+def test_leave_one_donor_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    words = ("--donors", ",".join(DONORS[:2]), "--rows", "0,50", "--out", tmp_path, "--draws", 150)
+    said = tell(monkeypatch, capsys, "leave_one_donor_out.py", *words)
+    scores = pd.read_csv(tmp_path / "scores.csv")
+    assert list(scores["rows"]) == [0, 50] * 2
+    assert list(scores["config"].unique()) == list(DONORS[:2])
+    assert "leaving out configuration: zero-shot: MAPE of a new configuration" in said
+    assert "from 2 left-out configurations" in said
+    assert (tmp_path / "learning_curve.svg").read_text().count("<svg") == 1

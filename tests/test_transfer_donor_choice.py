@@ -22,8 +22,8 @@ from hfdtl_bayes.sample import DONORS, TARGET, sample_store_path
 from hfdtl_bayes.statistics import statistics_from_rows, write_statistics
 from hfdtl_bayes.traces import TraceStore, write_store
 from hfdtl_bayes.transfer import DonorChoiceSettings, DonorRanking, rank_donors
-from hfdtl_bayes.transfer.donor_choice import _best_subsets, _exchanged, _Problem
 from hfdtl_bayes.transfer.donor_information import DonorInformation, DonorScales, TargetTraffic
+from hfdtl_bayes.transfer.donor_search import RankingProblem, best_subsets, exchanged
 
 FIVE = (
     configuration("one", "H100", 1),
@@ -144,21 +144,25 @@ def test_errors_are_the_same_however_many_subsets_are_taken_at_once(monkeypatch:
 
 @pytest.mark.parametrize("seed", range(8))
 def test_greedy_with_exchanges_finds_the_best_of_all(seed: int) -> None:
-    problem = _Problem(DATA.statistics, 5, DonorInformation(DATA.statistics, TINY, PRIORS, scales(seed)), (traffic_of(NEW[0]),))
+    problem = RankingProblem(
+        DATA.statistics, 5, DonorInformation(DATA.statistics, TINY, PRIORS, scales(seed)), (traffic_of(NEW[0]),)
+    )
     for size in (2, 3):
-        every, searched = _best_subsets(problem, size, [], PRIOR)
+        every, searched = best_subsets(problem, size, [], PRIOR)
         assert searched == f"all {len(list(itertools.combinations(range(5), size)))} subsets"
-        found, searched = _best_subsets(problem, size, [], replace(PRIOR, max_subsets=1))
+        found, searched = best_subsets(problem, size, [], replace(PRIOR, max_subsets=1))
         assert searched == "greedy with exchanges"
         assert found[0] == every[0]
 
 
 def test_what_is_to_be_kept_is_kept() -> None:
-    problem = _Problem(DATA.statistics, 5, DonorInformation(DATA.statistics, TINY, PRIORS, scales(1)), (traffic_of(NEW[0]),))
+    problem = RankingProblem(
+        DATA.statistics, 5, DonorInformation(DATA.statistics, TINY, PRIORS, scales(1)), (traffic_of(NEW[0]),)
+    )
     for settings in (PRIOR, replace(PRIOR, max_subsets=1)):
-        subsets, _ = _best_subsets(problem, 3, [3], settings)
+        subsets, _ = best_subsets(problem, 3, [3], settings)
         assert all(3 in s and len(s) == 3 for s in subsets)
-    assert _exchanged(problem, 1, [3], [0, 1, 2, 4]) == [(3,)]
+    assert exchanged(problem, 1, [3], [0, 1, 2, 4]) == [(3,)]
 
 
 # --- on stores ---------------------------------------------------------------------------------------------------------------
