@@ -55,7 +55,7 @@ typecheck: $(VENV)/.installed-lint
 	$(BIN)/mypy
 
 bench: $(VENV)/.installed-bench
-	$(BIN)/python benchmarks/gpu_accuracy.py $(SHARED)/gpu_steps
+	$(BIN)/python benchmarks/transfer.py $(SHARED)/gpu_steps $(SHARED)/vllm_cpu
 	$(BIN)/python benchmarks/interval_coverage.py $(SHARED)/vllm_cpu $(SHARED)/gpu_steps
 	$(BIN)/python benchmarks/inference.py $(SHARED)/gpu_steps --rows-per-donor 2000 --draws-factor 0.5 --limit 600
 

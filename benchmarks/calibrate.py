@@ -17,9 +17,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import gpu_accuracy
 import numpy as np
 import pandas as pd
+import transfer_splits
 
 from hfdtl_bayes import sample
 from hfdtl_bayes.model import LatencyPosterior, fit
@@ -29,7 +29,7 @@ from hfdtl_bayes.statistics import statistics_from_rows
 from hfdtl_bayes.traces import TraceStore
 from hfdtl_bayes.transfer import fit_donors, usable_rows
 
-DONORS = {"vllm_cpu": sample.DONORS, "gpu_steps": gpu_accuracy.DONORS}
+DONORS = {"vllm_cpu": sample.DONORS, "gpu_steps": transfer_splits.DONORS}
 COUNTS = (25, 100, 500, 5000)
 
 

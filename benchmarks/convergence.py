@@ -22,9 +22,9 @@ from functools import cache
 from pathlib import Path
 
 import arviz as az
-import gpu_accuracy
 import numpy as np
 import pandas as pd
+import transfer_splits
 import xarray as xr
 
 from hfdtl_bayes import sample
@@ -34,7 +34,7 @@ from hfdtl_bayes.model import LatencyPosterior
 from hfdtl_bayes.traces import TraceStore
 from hfdtl_bayes.transfer import calibrate, fit_donors, read_trace, usable_rows
 
-DONORS = {"vllm_cpu": sample.DONORS, "gpu_steps": gpu_accuracy.DONORS}
+DONORS = {"vllm_cpu": sample.DONORS, "gpu_steps": transfer_splits.DONORS}
 FEATURES = ("roofline", "hfdtl")
 QUANTITIES = ("step_time", "queue_delay")
 MAX_RHAT, MIN_ESS = 1.01, 400.0

@@ -20,9 +20,9 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import cache
 from pathlib import Path
 
-import gpu_accuracy
 import numpy as np
 import pandas as pd
+import transfer_splits
 
 from hfdtl_bayes import sample
 from hfdtl_bayes.configuration import ServingConfiguration
@@ -32,7 +32,7 @@ from hfdtl_bayes.statistics import DEFAULT_BLOCK_LENGTH
 from hfdtl_bayes.traces import TraceStore, drop_warmup, split_by_blocks, split_by_regime, time_blocks
 from hfdtl_bayes.transfer import calibrate, evaluate, fit_donors
 
-DONORS = {"vllm_cpu": sample.DONORS, "gpu_steps": gpu_accuracy.DONORS}
+DONORS = {"vllm_cpu": sample.DONORS, "gpu_steps": transfer_splits.DONORS}
 SETTINGS = SamplerSettings(draws=250, tune=150)
 VARIANTS = ("drift", "no-drift", "cutoff-inf", "cutoff-3", "cutoff-5", "cutoff-8", "block-10", "block-40", "block-auto")
 

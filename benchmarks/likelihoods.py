@@ -13,9 +13,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import gpu_accuracy
 import numpy as np
 import pandas as pd
+import transfer_splits
 
 from hfdtl_bayes import sample
 from hfdtl_bayes.features import feature_set
@@ -27,7 +27,7 @@ from hfdtl_bayes.transfer import evaluate, read_trace, usable_rows
 from hfdtl_bayes.transfer.crps import crps
 from hfdtl_bayes.transfer.scores import compare_fits
 
-CONFIGURATIONS = {"vllm_cpu": (*sample.DONORS, sample.TARGET), "gpu_steps": gpu_accuracy.DONORS}
+CONFIGURATIONS = {"vllm_cpu": (*sample.DONORS, sample.TARGET), "gpu_steps": transfer_splits.DONORS}
 CUTOFF = 5.0
 """Robust sds beyond which the weighted Gaussian down-weights a row."""
 

@@ -31,8 +31,8 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from gpu_accuracy import DONORS
 from scipy.stats import beta
+from transfer_splits import DONORS
 
 from hfdtl_bayes.configuration import ServingConfiguration
 from hfdtl_bayes.features import feature_set
