@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 from scipy.special import expit, log_expit
-from simulation import deviation_size
+from simulation import deviation_size, group_sd_prior
 
 from hfdtl_bayes.features import FeatureSet
 from hfdtl_bayes.model import PositiveRange, PriorSettings
@@ -130,6 +130,7 @@ class Gibbs:
         self.mean = np.array([f.prior.mean for f in ordered])
         self.sd = np.array([f.prior.sd for f in ordered])
         self.size = deviation_size(features)
+        self.shape, self.rate = group_sd_prior(priors.deviation)
         self.rng = np.random.default_rng(seed)
         self.count_hardware = int(rows.hardware.max()) + 1
         self.errors = [("sigma", priors.noise, priors.noise_spread)]
@@ -148,7 +149,8 @@ class Gibbs:
 
         a = self.priors.hardware_share
         share = rng.beta(a, a, s)
-        state = {"tau": drawn(self.priors.deviation, len(self.size)), "logit": np.log(share) - np.log1p(-share)}
+        tau = rng.gamma(self.shape, 1 / self.rate, (s, len(self.size)))
+        state = {"tau": np.log(tau), "logit": np.log(share) - np.log1p(-share)}
         for name, typical, spread in self.errors:
             state[f"{name}_typical"], state[f"{name}_spread"] = drawn(typical), drawn(spread)
             z = rng.standard_normal((s, len(self.rows.count)))
@@ -167,6 +169,10 @@ class Gibbs:
         total = np.exp(state["tau"]) * self.size
         logit = state["logit"][:, None]
         return total * np.exp(0.5 * log_expit(-logit)), total * np.exp(0.5 * log_expit(logit))
+
+    def log_prior_of_tau(self, x: FloatArray) -> FloatArray:
+        """Log density, up to a constant, of the logarithm x of a Gamma variable."""
+        return self.shape * x - self.rate * np.exp(x)
 
     def coefficients(self, state: State) -> FloatArray:
         """Theta of every configuration, (S, C, K)."""
@@ -226,7 +232,7 @@ class Gibbs:
         square = own_square / (1 - share) + shared_square / share
 
         def of_tau(x: FloatArray) -> FloatArray:
-            return normal(x, self.priors.deviation) - (c + h) * x - 0.5 * square * np.exp(-2 * x)
+            return self.log_prior_of_tau(x) - (c + h) * x - 0.5 * square * np.exp(-2 * x)
 
         state["tau"] = slice_move(of_tau, state["tau"], self.rng)
         scaled = np.exp(-2 * state["tau"])
@@ -258,7 +264,7 @@ class Gibbs:
 
             def density(x: FloatArray, now: FloatArray = now, s: FloatArray = square, b: FloatArray = cross) -> FloatArray:
                 step = np.expm1(x - now)
-                return normal(x, self.priors.deviation) + b * step - 0.5 * s * step**2
+                return self.log_prior_of_tau(x) + b * step - 0.5 * s * step**2
 
             state["tau"][:, k] = slice_move(density, now, self.rng)
             grown = np.exp(state["tau"][:, k] - now)

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
+from scipy import stats
+from scipy.optimize import bisect
 
 from hfdtl_bayes.configuration import ServingConfiguration, configuration_from_mapping
 from hfdtl_bayes.features import Feature, FeatureSet, Level, PriorRange
@@ -132,6 +135,17 @@ def deviation_size(features: FeatureSet) -> FloatArray:
     return np.array([max(abs(f.prior.mean), f.prior.sd) for f in features.varying])
 
 
+@cache
+def group_sd_prior(r: PositiveRange) -> tuple[float, float]:
+    """Shape and rate of the Gamma distribution whose 5 % and 95 % points are the range."""
+
+    def ratio(shape: float) -> float:
+        return float(stats.gamma(shape).ppf(0.95) / stats.gamma(shape).ppf(0.05)) - r.high / r.low
+
+    shape = bisect(ratio, 0.1, 1e4, xtol=1e-12)
+    return shape, float(stats.gamma(shape).ppf(0.95)) / r.high
+
+
 def draw_parameters(
     rng: np.random.Generator, configurations: Sequence[ServingConfiguration], features: FeatureSet, priors: PriorSettings
 ) -> Parameters:
@@ -147,7 +161,8 @@ def draw_parameters(
 
     beta, gamma, delta = coefficients(features.base), coefficients(features.config), coefficients(features.residual)
     k = len(features.varying)
-    tau = positive(priors.deviation, k)
+    shape, rate = group_sd_prior(priors.deviation)
+    tau = stats.gamma(shape, scale=1 / rate).ppf(stats.norm.cdf(rng.standard_normal(k)))
     share = rng.beta(priors.hardware_share, priors.hardware_share)
     names, index = hardware_of(configurations)
     sd = tau * deviation_size(features)

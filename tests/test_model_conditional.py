@@ -11,7 +11,7 @@ import pytest
 from agreement import DEGREES, NO_DRIFT, compare, judge, made, many
 from calibration import Places, places_of, smallest_p, stacked
 from numpy.typing import NDArray
-from scipy.stats import beta, kstest, multivariate_normal, norm
+from scipy.stats import beta, gamma, kstest, multivariate_normal, norm
 from scipy.stats import t as student
 from simulation import (
     BLOCK,
@@ -22,6 +22,7 @@ from simulation import (
     configuration,
     dense,
     error_covariance,
+    group_sd_prior,
     pilot_of,
     simulate,
     tiny_features,
@@ -270,14 +271,14 @@ def test_the_proposal_is_the_density_it_says() -> None:
 def test_moves_leave_the_joint_prior_as_it_is_and_forget_where_they_came_from() -> None:
     rng = np.random.default_rng(71)
     count, k = 4000, 3
-    middle, width = PRIORS.deviation.log_mean, PRIORS.deviation.log_sd
-    tau = np.exp(middle + width * rng.standard_normal((count, k)))
+    shape, rate = group_sd_prior(PRIORS.deviation)
+    tau = rng.gamma(shape, 1 / rate, (count, k))
     share = rng.beta(PRIORS.hardware_share, PRIORS.hardware_share, count)
     deviations = np.sqrt(1 - share)[:, None, None] * tau[:, None] * rng.standard_normal((count, 4, k))
     effects = np.sqrt(share)[:, None, None] * tau[:, None] * rng.standard_normal((count, 2, k))
     new_tau, new_share = move_group_sds(tau, share, deviations, effects, PRIORS, rng)
     for i in range(k):
-        assert kstest((np.log(new_tau[:, i]) - middle) / width, "norm").pvalue > LEVEL
+        assert kstest(new_tau[:, i], gamma(shape, scale=1 / rate).cdf).pvalue > LEVEL
     assert kstest(new_share, beta(PRIORS.hardware_share, PRIORS.hardware_share).cdf).pvalue > LEVEL
     # The deviations still fit: scores are standard normal with the new scales too.
     scores = deviations / (np.sqrt(1 - new_share)[:, None, None] * new_tau[:, None])

@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from scipy.special import betaln, expit, log_expit
-from scipy.stats import multivariate_normal, norm
+from scipy.special import betaln, expit, gammaln, log_expit
+from scipy.stats import gamma, multivariate_normal, norm
 from simulation import (
     PRIORS,
     THREE,
@@ -25,6 +25,7 @@ from simulation import (
     configuration,
     dense,
     deviation_size,
+    group_sd_prior,
     hardware_of,
     loading,
     simulate,
@@ -62,7 +63,7 @@ def scales_at(density: ExactDensity, x: FloatArray) -> Parameters:
 
 
 def log_prior(density: ExactDensity, x: FloatArray, priors: PriorSettings) -> float:
-    """Log prior density of the unconstrained coordinates: normal logarithms, and a Beta in its log odds."""
+    """Log prior density of the unconstrained coordinates: logarithms of Gammas and lognormals, and a Beta in its log odds."""
 
     def normal(value: FloatArray, r: PositiveRange) -> float:
         low, high = np.log(r.low), np.log(r.high)
@@ -70,7 +71,10 @@ def log_prior(density: ExactDensity, x: FloatArray, priors: PriorSettings) -> fl
 
     log_tau, logit, log_sigma, log_omega, sigma_typical, sigma_spread, omega_typical, omega_spread = density.split(x)
     a = priors.hardware_share
-    value = normal(log_tau, priors.deviation) + a * (log_expit(logit) + log_expit(-logit)) - betaln(a, a)
+    shape, rate = group_sd_prior(priors.deviation)
+    # log_tau itself is the derivative of the change of variables.
+    value = float((gamma(shape, scale=1 / rate).logpdf(np.exp(log_tau)) + log_tau).sum())
+    value += a * (log_expit(logit) + log_expit(-logit)) - betaln(a, a)
     value += normal(sigma_typical, priors.noise) + normal(sigma_spread, priors.noise_spread)
     value += normal(omega_typical, priors.drift) + normal(omega_spread, priors.drift_spread)
     value += norm.logpdf(log_sigma, sigma_typical, np.exp(sigma_spread)).sum()
@@ -430,9 +434,10 @@ def test_density_and_gradient_are_right_in_the_limits(name: str) -> None:
 def prior_constant(density: ExactDensity, priors: PriorSettings) -> float:
     """The engine leaves out the normalising constants of the prior."""
     a, half = priors.hardware_share, 0.5 * np.log(2 * np.pi)
-    sds = [priors.deviation.log_sd] * density.count_coef
-    sds += [priors.noise.log_sd, priors.noise_spread.log_sd, priors.drift.log_sd, priors.drift_spread.log_sd]
-    return float(np.log(sds).sum() + len(sds) * half + betaln(a, a) + 2 * density.count_config * half)
+    sds = [priors.noise.log_sd, priors.noise_spread.log_sd, priors.drift.log_sd, priors.drift_spread.log_sd]
+    shape, rate = group_sd_prior(priors.deviation)
+    of_tau = density.count_coef * (gammaln(shape) - shape * np.log(rate))
+    return float(of_tau + np.log(sds).sum() + len(sds) * half + betaln(a, a) + 2 * density.count_config * half)
 
 
 def prior_slope(density: ExactDensity, x: FloatArray, priors: PriorSettings) -> FloatArray:

@@ -7,7 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
-from simulation import PRIORS, TINY, batches, configuration, deviation_size, draw_parameters, loading
+from scipy.stats import gamma
+from simulation import PRIORS, TINY, batches, configuration, deviation_size, draw_parameters, group_sd_prior, loading
 
 from hfdtl_bayes.configuration import configuration_from_mapping
 from hfdtl_bayes.errors import InputError
@@ -35,8 +36,8 @@ def test_moments_are_the_analytic_ones() -> None:
     a = loading(TINY, OWN)
     ordered = TINY.base + TINY.config + TINY.residual
     mean = a @ [f.prior.mean for f in ordered]
-    tau = PRIORS.deviation
-    tau_square = np.exp(2 * tau.log_mean + 2 * tau.log_sd**2)
+    shape, rate = group_sd_prior(PRIORS.deviation)
+    tau_square = gamma(shape, scale=1 / rate).moment(2)
     covariance = a @ np.diag([f.prior.sd**2 for f in ordered]) @ a.T + np.diag(tau_square * deviation_size(TINY) ** 2)
     design = TINY.design(ROWS, OWN)
     expected = drawn.theta @ design.T

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from scipy.stats import beta, lognorm, norm
+from scipy.stats import beta, gamma, lognorm, norm
 from simulation import THREE, TINY, deviation_size, draw_parameters
 
 from hfdtl_bayes.errors import InputError
@@ -27,6 +27,13 @@ def test_a_positive_range_holds_ninety_per_cent(low: float, high: float) -> None
     prior = lognorm(r.log_sd, scale=math.exp(r.log_mean))
     assert prior.ppf(0.05) == pytest.approx(low, rel=1e-6)
     assert prior.ppf(0.95) == pytest.approx(high, rel=1e-6)
+
+
+@given(low=st.floats(1e-9, 1e6), ratio=st.floats(1.0001, 1e9))
+def test_the_gamma_distribution_of_a_range_holds_ninety_per_cent(low: float, ratio: float) -> None:
+    r = PositiveRange(low, low * ratio)
+    prior = gamma(r.gamma_shape, scale=1 / r.gamma_rate)
+    np.testing.assert_allclose(prior.cdf([r.low, r.gamma_median, r.high]), [0.05, 0.5, 0.95], rtol=1e-5)
 
 
 @given(low=st.floats(-1e6, 1e6), width=st.floats(1e-3, 1e6))

@@ -8,7 +8,7 @@ from functools import cache
 import numpy as np
 import pytest
 from posterior_fits import three_fitted, traffic
-from scipy.stats import multivariate_normal
+from scipy.stats import gamma, multivariate_normal
 from simulation import BLOCK, PRIORS, THREE, TINY, batches, configuration, error_covariance, pilot_of
 
 from hfdtl_bayes.errors import InputError, UnknownNameError
@@ -95,6 +95,10 @@ def powered(priors: PriorSettings, prior: str, alpha: float) -> PriorSettings:
     if prior == "hardware_share":
         return replace(priors, hardware_share=alpha * priors.hardware_share)
     r: PositiveRange = getattr(priors, prior)
+    if prior == "deviation":
+        # In the logarithm x of tau the log density is shape x - rate exp(x).
+        tempered = gamma(alpha * r.gamma_shape, scale=1 / (alpha * r.gamma_rate))
+        return replace(priors, deviation=PositiveRange(*map(float, tempered.ppf([0.05, 0.95]))))
     middle, half = np.log(r.low * r.high) / 2, np.log(r.high / r.low) / 2 / np.sqrt(alpha)
     return replace(priors, **{prior: PositiveRange(float(np.exp(middle - half)), float(np.exp(middle + half)))})
 

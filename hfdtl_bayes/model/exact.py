@@ -200,7 +200,7 @@ class ExactDensity:
         loading = np.array([population_loading(feature_set, s.config_row) for s in statistics])
         self.loading = loading * self.sd
         centre = loading @ self.mean
-        size = np.hypot(np.sqrt((self.loading**2).sum(axis=2)), np.exp(priors.deviation.log_mean) * self.scale)
+        size = np.hypot(np.sqrt((self.loading**2).sum(axis=2)), priors.deviation.gamma_median * self.scale)
         self.errors = np.array([reference_errors(s, priors) for s in statistics])
         self.info = information(statistics, centre, size, self.errors)
         self.offset = centre - self.info.reference
@@ -216,7 +216,9 @@ class ExactDensity:
         p = self.priors
         drift_spread = p.drift_spread.log_mean if p.drift else -np.inf
         tails = [typical[0], p.noise_spread.log_mean, typical[1], drift_spread]
-        return np.concatenate([np.full(self.count_coef, p.deviation.log_mean), [0.0], errors[:, 0], errors[:, 1], tails])
+        return np.concatenate(
+            [np.full(self.count_coef, np.log(p.deviation.gamma_median)), [0.0], errors[:, 0], errors[:, 1], tails]
+        )
 
     @property
     def size(self) -> int:
@@ -376,9 +378,9 @@ class ExactDensity:
         """Return the log prior density of the unconstrained coordinates and its gradient."""
         p, k, c = self.priors, self.count_coef, self.count_config
         gradient = np.zeros((*log_tau.shape[:-1], self.size))
-        z = (log_tau - p.deviation.log_mean) / p.deviation.log_sd
-        value = -0.5 * np.vecdot(z, z) + p.hardware_share * (log_expit(logit) + log_expit(-logit))
-        gradient[..., :k] = -z / p.deviation.log_sd
+        shape, mean = p.deviation.gamma_shape, p.deviation.gamma_rate * np.exp(log_tau)
+        value = (shape * log_tau - mean).sum(axis=-1) + p.hardware_share * (log_expit(logit) + log_expit(-logit))
+        gradient[..., :k] = shape - mean
         gradient[..., k] = p.hardware_share * (1 - 2 * expit(logit))
         for at, logs, typical, log_spread, prior, spread_prior in (
             (0, log_sigma, populations[0], populations[1], p.noise, p.noise_spread),

@@ -19,6 +19,8 @@ from hfdtl_bayes.statistics import ConfigStatistics
 
 _THIN = (1, 4, 16)
 """Draws made for each one kept, tried in turn until the chains agree: several modes, as of data far from their prior, need more."""
+_CLOSER = 5.0
+"""By how much rejections are made rarer, with shorter steps, after a run with divergences."""
 
 
 def sample_exact(
@@ -39,7 +41,8 @@ def sample_exact(
     feature_set : FeatureSet
     priors : PriorSettings, optional
     settings : SamplerSettings, optional
-        By default the usual ones, and where they do not converge four and then sixteen times as many draws, thinned to as many kept.
+        By default the usual ones, and where they do not converge four and then sixteen times as many draws, thinned to as many kept,
+        with shorter steps where there were divergences.
     seed : int
         The same seed gives the same draws.
     show_progress : bool
@@ -63,10 +66,15 @@ def sample_exact(
     coordinates = scale_coordinates(ExactDensity(statistics, feature_set, priors))
     if settings is not None:
         return _sample(coordinates, statistics, settings, seed=seed, show_progress=show_progress, label=label)
+    target = SamplerSettings().target_accept
     for thin in _THIN:
-        tree = _sample(coordinates, statistics, SamplerSettings(thin=thin), seed=seed, show_progress=show_progress, label=label)
-        if convergence(tree).passed:
+        settings = SamplerSettings(thin=thin, target_accept=target)
+        tree = _sample(coordinates, statistics, settings, seed=seed, show_progress=show_progress, label=label)
+        diverged = bool(tree["sample_stats"]["diverging"].any())
+        if convergence(tree).passed and not diverged:
             break
+        if diverged:
+            target = 1.0 - (1.0 - target) / _CLOSER
     return tree
 
 

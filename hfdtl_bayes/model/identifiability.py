@@ -152,7 +152,8 @@ def prior_moments(
 
 def _tau_square(priors: PriorSettings) -> float:
     """Return the prior mean of tau^2."""
-    return float(np.exp(2 * priors.deviation.log_mean + 2 * priors.deviation.log_sd**2))
+    shape, rate = priors.deviation.gamma_shape, priors.deviation.gamma_rate
+    return shape * (shape + 1) / rate**2
 
 
 def _mixture(mean: FloatArray, covariance: FloatArray) -> tuple[FloatArray, FloatArray]:

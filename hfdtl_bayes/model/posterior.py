@@ -42,7 +42,7 @@ from hfdtl_bayes.statistics import (
 
 FloatArray = NDArray[np.float64]
 
-FILE_FORMAT = 2
+FILE_FORMAT = 3
 ENGINES = ("exact", "pymc", "rows")
 _QUANTILES = (0.025, 0.5, 0.975)
 

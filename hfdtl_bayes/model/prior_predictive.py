@@ -137,7 +137,8 @@ def prior_draws(
         return np.exp(r.log_mean + r.log_sd * rng.standard_normal((draws, *shape)))
 
     phi = mean + sd * rng.standard_normal((draws, len(mean)))
-    deviation = positive(priors.deviation, k) * deviation_scale(feature_set) * rng.standard_normal((draws, k))
+    tau = rng.gamma(priors.deviation.gamma_shape, 1 / priors.deviation.gamma_rate, (draws, k))
+    deviation = tau * deviation_scale(feature_set) * rng.standard_normal((draws, k))
 
     def error(typical: PositiveRange | None, spread: PositiveRange) -> FloatArray:
         if typical is None:

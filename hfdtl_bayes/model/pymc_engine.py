@@ -77,7 +77,7 @@ def starting_point(
         "theta_eta__": np.zeros((count, k)),
         "sigma_log__": errors[:, 0],
         "omega_log__": errors[:, 1],
-        "tau_log__": np.full(k, priors.deviation.log_mean),
+        "tau_log__": np.full(k, np.log(priors.deviation.gamma_median)),
         "hardware_share_logodds__": np.array(0.0),
         "hardware_effect_z": np.zeros((len(hardware_names(statistics)), k)),
         "sigma_typical_log__": np.array(errors[:, 0].mean()),

@@ -99,7 +99,7 @@ def coefficients(data: dict[str, pt.TensorVariable], feature_set: FeatureSet, pr
     base, config, residual = np.split(np.arange(len(mean)), [n_base, n_base + n_config])
     beta = pm.Normal("beta", mean[base], sd[base], dims="base")
     delta = pm.Normal("delta", mean[residual], sd[residual], dims="residual")
-    tau = _lognormal("tau", priors.deviation, dims="coef")
+    tau = pm.Gamma("tau", priors.deviation.gamma_shape, priors.deviation.gamma_rate, dims="coef")
     population = pt.concatenate([beta, delta])
     # The number of configurations stays symbolic, so that one compilation serves donors with and without a target.
     centre = pt.broadcast_to(population, (data["eta_information"].shape[0], population.shape[0]))

@@ -72,10 +72,10 @@ def move_group_sds(
 
         def of_log_tau(u: FloatArray, total: FloatArray = total) -> FloatArray:
             return np.asarray(
-                -0.5 * ((u - prior.log_mean) / prior.log_sd) ** 2 - (count + kinds) * u - 0.5 * total * np.exp(-2 * u)
+                (prior.gamma_shape - count - kinds) * u - prior.gamma_rate * np.exp(u) - 0.5 * total * np.exp(-2 * u)
             )
 
-        width = 2.4 / np.sqrt(1 / prior.log_sd**2 + 2 * (count + kinds))
+        width = 2.4 / np.sqrt(prior.gamma_shape + 2 * (count + kinds))
         tau = np.exp(_metropolis(of_log_tau, np.log(tau), width, rng))
         own_square, shared_square = (own / tau**2).sum(axis=1), (shared / tau**2).sum(axis=1)
 

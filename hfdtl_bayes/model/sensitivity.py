@@ -195,9 +195,9 @@ def log_priors(posterior: LatencyPosterior) -> dict[str, FloatArray]:
         z = (np.log(posterior.draws_of(name)) - r.log_mean) / r.log_sd
         return np.asarray(-0.5 * (z**2).reshape(len(z), -1).sum(axis=1))
 
-    share = posterior.draws_of("hardware_share")
+    tau, share = posterior.draws_of("tau"), posterior.draws_of("hardware_share")
     found = {
-        "deviation": of_range("tau", priors.deviation),
+        "deviation": (priors.deviation.gamma_shape * np.log(tau) - priors.deviation.gamma_rate * tau).sum(axis=1),
         "hardware_share": priors.hardware_share * (np.log(share) + np.log1p(-share)),
         "noise": of_range("sigma_typical", priors.noise),
         "noise_spread": of_range("sigma_spread", priors.noise_spread),

@@ -161,7 +161,7 @@ def _scales(
     if settings.scales == "prior":
         ranges = (priors.noise, priors.noise_spread, priors.drift, priors.drift_spread)
         medians = [np.exp([r.log_mean]) if r else np.zeros(1) for r in ranges]
-        tau = np.full((1, k), np.exp(priors.deviation.log_mean))
+        tau = np.full((1, k), priors.deviation.gamma_median)
         sigma, omega = (np.full((1, count), m[0]) for m in (medians[0], medians[2]))
         return DonorScales(tau, np.array([0.5]), sigma, omega), medians
     fitted = fit(statistics, features, priors, settings.sampler, seed=seed, show_progress=show_progress)

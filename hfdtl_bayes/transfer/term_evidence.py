@@ -19,6 +19,7 @@ from functools import cached_property
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
+from scipy.special import gammaln
 
 from hfdtl_bayes.configuration import ServingConfiguration
 from hfdtl_bayes.features import Feature, FeatureSet, Level, response
@@ -205,8 +206,8 @@ def fit_model(statistics: Sequence[ConfigStatistics], features: FeatureSet, prio
     coordinates = scale_coordinates(density)
     centre = np.zeros(coordinates.size)
     value = float(coordinates.log_density(centre)[0]) + float(np.linalg.slogdet(coordinates.factor)[1])
-    half = 0.5 * np.log(2 * np.pi)
-    value += coordinates.size * half - density.count_coef * (np.log(priors.deviation.log_sd) + half)
+    shape, rate = priors.deviation.gamma_shape, priors.deviation.gamma_rate
+    value += 0.5 * coordinates.size * np.log(2 * np.pi) + density.count_coef * (shape * np.log(rate) - gammaln(shape))
     return Model(tuple(terms), density, coordinates.scales(centre), value)
 
 
@@ -230,7 +231,7 @@ def screen(problem: Problem, full: Sequence[ConfigStatistics], base: Model, name
         density = ExactDensity([chosen_statistics(s, features) for s in full], features, problem.priors)
         at = base.mode
         if density.count_coef > k:
-            at = np.insert(at, k, problem.priors.deviation.log_mean)
+            at = np.insert(at, k, np.log(problem.priors.deviation.gamma_median))
         with np.errstate(divide="ignore", invalid="ignore"):
             lower = np.nan_to_num(np.log(density.errors / base.density.errors), neginf=0.0, posinf=0.0).T.ravel()
         first = density.count_coef + 1

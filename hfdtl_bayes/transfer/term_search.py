@@ -326,7 +326,7 @@ def explained_share(
     statistics = [chosen_statistics(s, reference) for s in full]
     density = ExactDensity(statistics, reference, problem.priors)
     added = density.count_coef - kept.density.count_coef
-    at = np.insert(kept.mode, kept.density.count_coef, np.full(added, problem.priors.deviation.log_mean))
+    at = np.insert(kept.mode, kept.density.count_coef, np.full(added, np.log(problem.priors.deviation.gamma_median)))
     theta = density.draw(np.repeat(at[None], _DRAWS, axis=0), np.random.default_rng(seed))["theta"]
     sigma, omega = kept.errors
     left = np.zeros(2)
