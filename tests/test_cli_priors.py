@@ -211,4 +211,4 @@ def test_the_file_of_priors_is_one_a_planner_can_read() -> None:
     lines = done("priors", "--template").out.splitlines()
     keys = [line.split(":")[0] for line in lines if line and not line.startswith((" ", "#"))]
     assert keys == list(yaml.safe_load("\n".join(lines)))
-    assert sum(line.lstrip().startswith("# ") for line in lines) == 1 + 6 + len(ROOFLINE.features)
+    assert sum(line.lstrip().startswith("# ") for line in lines) == 1 + 7 + len(ROOFLINE.features)
