@@ -183,6 +183,10 @@ def test_rows_outside_the_support_have_no_variance(posterior: LatencyPosterior) 
     pd.testing.assert_frame_equal(found.by_source[inside], whole.by_source[inside])
     # Rows without variance do not count in the summary.
     pd.testing.assert_frame_equal(found.table(), variance_sources(half, frame[inside], UNKNOWN).table())
+    nothing = variance_sources(half, frame[~inside], UNKNOWN)
+    assert (nothing.table()[["share", "sd"]] == 0).all(axis=None)
+    assert (nothing.coefficient_table()[["share", "removed_if_known"]] == 0).all(axis=None)
+    assert "nothing has a variance" in str(nothing)
 
 
 # --- summaries, by hand ------------------------------------------------------------------------------------------------------

@@ -41,6 +41,9 @@ SOURCES = (*COEFFICIENT_SOURCES, "drift", "noise")
 """All sources, in the order of the law of total variance."""
 
 
+_TINY = float(np.finfo(float).tiny)
+
+
 @dataclass(frozen=True)
 class VarianceSources:
     """The predictive variance of rows, or of means of blocks of them, by source and by coefficient.
@@ -86,12 +89,13 @@ class VarianceSources:
     def _relative(self, variances: pd.DataFrame) -> pd.Series:
         """Return variances relative to the square of the scale, mean over rows: a long step counts no more than a short one."""
         known = self.scale_s > 0
-        return pd.Series(variances[known].div(self.scale_s[known] ** 2, axis=0).mean())
+        # Where the features describe no row at all, nothing is uncertain.
+        return pd.Series(variances[known].div(self.scale_s[known] ** 2, axis=0).mean()).fillna(0.0)
 
     def table(self) -> pd.DataFrame:
         """Return one row per source over all rows: `source`, `share` of the mean relative variance, `sd` relative to the step or delay."""
         relative = self._relative(self.by_source)
-        share = relative / relative.sum()
+        share = relative / max(float(relative.sum()), _TINY)
         return pd.DataFrame({"source": share.index, "share": share.to_numpy(), "sd": np.sqrt(relative.to_numpy())})
 
     def coefficient_table(self) -> pd.DataFrame:
@@ -102,7 +106,7 @@ class VarianceSources:
         relative = self._relative(self.by_coefficient)
         expected = self.by_coefficient.sum(axis=1)
         removed = self._relative(self.removed_if_known.mul(expected, axis=0))
-        total = max(float(relative.sum()), np.finfo(float).tiny)
+        total = max(float(relative.sum()), _TINY)
         found = pd.DataFrame(
             {"coefficient": relative.index, "share": relative.to_numpy() / total, "removed_if_known": removed.to_numpy() / total}
         )
@@ -110,6 +114,8 @@ class VarianceSources:
 
     def __str__(self) -> str:
         """Return one sentence: the sources of at least a hundredth, the largest first, and the coefficient that matters most."""
+        if not (self.scale_s > 0).any():
+            return f"no row of {self.config_id} is described by the features, so nothing has a variance"
         own = self.table().sort_values("share", ascending=False)
         said = ", ".join(f"{name} {share:.0%}" for name, share in zip(own["source"], own["share"], strict=True) if share >= 0.01)
         first = self.coefficient_table().iloc[0]
