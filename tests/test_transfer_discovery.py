@@ -95,7 +95,7 @@ def test_choosing_columns_gives_the_statistics_of_the_subset():
 
 
 def test_evidence_by_laplace_is_that_of_importance_sampling():
-    problem = problem_of(tiny(3, planted=0.1))
+    problem = problem_of(tiny(6, planted=0.1))
     full = problem.statistics()
     found = []
     for terms in ((), ("product",)):
@@ -120,7 +120,7 @@ def test_evidence_by_laplace_is_that_of_importance_sampling():
 
 
 def test_screening_understates_and_ranks():
-    problem = problem_of(tiny(3, planted=0.1))
+    problem = problem_of(tiny(6, planted=0.1))
     full = problem.statistics()
     base = model(problem, full, ())
     names = ("wiggle", "product", "twin")
