@@ -5,7 +5,8 @@
 
 Fits the donors (or takes the posterior `models/donors.py` wrote), fixes the scale of errors on the first chunk, and adds the
 target's steps as they were recorded, each regime a part of its own. After every few chunks it says what the posterior expects of a
-heavy batch. Then one regime is removed and restored: its traffic leaves no trace, and comes back without a row being read.
+heavy batch. The first of these posteriors is left as it is and watched: does it still predict what comes after it? The test may be
+looked at after every block. Then one regime is removed and restored: its traffic leaves no trace, and comes back without a row being read.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from pathlib import Path
 
 import hfdtl_bayes as hb
 from hfdtl_bayes.sample import DONORS, TARGET, sample_store_path
-from hfdtl_bayes.transfer import TargetStream
+from hfdtl_bayes.transfer import TargetStream, TrafficMonitor
 
 
 def main() -> None:
@@ -50,19 +51,23 @@ def main() -> None:
 
     # The loop of a collector that sees steps as they are made; here they come from the recording.
     stream = TargetStream.start(donors, configuration, rows[: arguments.chunk], label=str(rows["regime"].iloc[0]))
-    posterior = donors
+    posterior, monitor = donors, None
     for number, begin in enumerate(range(arguments.chunk, len(rows), arguments.chunk), 1):
         chunk = rows[begin : begin + arguments.chunk]
         for regime, part in chunk.groupby("regime", sort=False):
             stream.add(part, str(regime))
+        if monitor:
+            monitor.add(chunk)
         if number % arguments.every and begin + arguments.chunk < len(rows):
             continue
         started = time.perf_counter()
         posterior = stream.posterior(seed=arguments.seed, settings=settings)
         took = 1000 * (time.perf_counter() - started)
+        monitor = monitor or TrafficMonitor(posterior, configuration)
         how = "" if posterior.engine == "conditional" else " (refitted)"
         print(f"{stream.statistics.rows:5d} steps, {took:.0f} ms{how}: {said(posterior, heavy, configuration)}")
     print(posterior.convergence())
+    print(f"the first of these posteriors: {monitor}")
 
     # Was that regime normal traffic? Without it the posterior is what it would have been had it never come.
     removed = arguments.remove or stream.labels[-1]

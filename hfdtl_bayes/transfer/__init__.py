@@ -39,6 +39,7 @@ from hfdtl_bayes.transfer.scores import (
     marginal_log_density,
     row_log_density,
 )
+from hfdtl_bayes.transfer.sequential import EProcess, SequentialSettings, TrafficMonitor
 from hfdtl_bayes.transfer.streaming import TargetStream
 from hfdtl_bayes.transfer.term_search import DiscoverySettings
 from hfdtl_bayes.transfer.transfer_error import TransferError
@@ -58,12 +59,15 @@ __all__ = [
     "DonorChoiceSettings",
     "DonorRanking",
     "Fold",
+    "EProcess",
     "HeldOut",
     "Outcome",
     "RidgeRecipe",
+    "SequentialSettings",
     "Skipped",
     "Status",
     "TargetStream",
+    "TrafficMonitor",
     "Term",
     "TransferError",
     "VarianceSources",
