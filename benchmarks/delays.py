@@ -150,10 +150,10 @@ def main() -> None:
             for i, target in enumerate(targets, 1):
                 rows += judge(str(arguments.store), target, arguments.donors, set_name, quantity, arguments.seed)
                 print(f"\r{set_name} {quantity} {i}/{len(targets)}", end="", file=sys.stderr, flush=True)
+                if arguments.out:
+                    pd.DataFrame(rows).to_csv(arguments.out, index=False)
     print(file=sys.stderr)
     results = pd.DataFrame(rows)
-    if arguments.out:
-        results.to_csv(arguments.out, index=False)
     print(table(results).round(1).to_markdown(index=False))
     rules = results[(results["method"] == "Bayesian") & results["right"].notna()] if "right" in results else results.iloc[:0]
     for (set_name, split), own in rules.groupby(["features", "split"], sort=False):
