@@ -22,9 +22,9 @@ from hfdtl_bayes.transfer.conflict import Conflict, population_conflict
 from hfdtl_bayes.transfer.cross_validation import CrossValidation, CrossValidationSettings, cross_validate
 from hfdtl_bayes.transfer.crps import crps, crps_of_draws, crps_of_normals
 from hfdtl_bayes.transfer.delays import DelayScores, WaitRule, calibrate_delays, score_delays
+from hfdtl_bayes.transfer.discovery import Discovery, Term, discover
 from hfdtl_bayes.transfer.donor_choice import DonorChoiceSettings, DonorRanking, rank_donors
 from hfdtl_bayes.transfer.donors import combine_donors, discounts_from, forget, promote
-from hfdtl_bayes.transfer.discovery import Discovery, Term, discover
 from hfdtl_bayes.transfer.evaluation import HeldOut, attainable_mape, evaluate
 from hfdtl_bayes.transfer.folds import LEAVE_OUT, Fold, Skipped
 from hfdtl_bayes.transfer.held_out_score import held_out_score
@@ -58,8 +58,8 @@ __all__ = [
     "DiscoverySettings",
     "DonorChoiceSettings",
     "DonorRanking",
-    "Fold",
     "EProcess",
+    "Fold",
     "HeldOut",
     "Outcome",
     "RidgeRecipe",
@@ -67,8 +67,8 @@ __all__ = [
     "Skipped",
     "Status",
     "TargetStream",
-    "TrafficMonitor",
     "Term",
+    "TrafficMonitor",
     "TransferError",
     "VarianceSources",
     "Verdict",
