@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import xarray as xr
 from agreement import EXACT, NUTS, compare, judge, made, many
 from numpy.typing import NDArray
 from scipy.stats import multivariate_normal
@@ -212,6 +214,15 @@ def test_a_posterior_file_keeps_discounts_and_a_fit_those_of_its_donors(tmp_path
     register_feature_set(TINY)
     try:
         again = LatencyPosterior.load(posterior.save(tmp_path / "p.nc"))
+        # A file from before there were discounts: every donor counts in full.
+        fit(DATA.statistics, TINY, PRIORS, EXACT, show_progress=False).save(tmp_path / "full.nc")
+        with xr.open_datatree(tmp_path / "full.nc", engine="h5netcdf") as opened:
+            tree = opened.load()
+        header = json.loads(tree.attrs["hfdtl_bayes"])
+        assert header["priors"].pop("discounts") == []
+        tree.attrs["hfdtl_bayes"] = json.dumps(header)
+        tree.to_netcdf(tmp_path / "old.nc", engine="h5netcdf")
+        assert LatencyPosterior.load(tmp_path / "old.nc").priors == PRIORS
     finally:
         registry._SETS.pop((TINY.name, TINY.quantity), None)
     assert again.priors == posterior.priors == DISCOUNTED.priors

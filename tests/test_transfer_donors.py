@@ -230,6 +230,14 @@ def test_what_cannot_be_forgotten(posterior: Callable[[], LatencyPosterior], don
         forget(posterior(), donor)
 
 
+def test_a_target_conditioned_on_discounted_donors_is_the_joint_fit() -> None:
+    priors = PRIORS.with_discounts({"c0": 0.5, "c1": 0.2})
+    donors = fit(of(0, 1, 2), TINY, priors, replace(SAMPLER, draws=1000), seed=2, **QUIET)
+    found = calibrate_statistics(donors, of(3)[0], engine="conditional", limits=EVERY_DRAW, seed=3)
+    assert found.priors.discounts == (("c0", 0.5), ("c1", 0.2))
+    agree((found, fitted(0, 1, 2, 3, target="c3", priors=priors)))
+
+
 # --- Combination. ---
 
 
