@@ -36,7 +36,7 @@ def own_candidate() -> hb.Feature:
         Level.RESIDUAL,
         "request",
         "prefill_requests",
-        lambda f, c: prompts(f, c),
+        prompts,
         PriorRange(-1, 1),
         ("prefill_requests",),
         1e-3,

@@ -240,7 +240,7 @@ def test_nothing_is_named_where_nothing_is_missing():
 
 def test_a_candidate_of_the_package_is_found_in_steps_simulated_on_real_batches():
     on = simulation.scene(str(STORE), DONORS[:1], "roofline")
-    for seed, planted in enumerate(("decode_kv_usage", "prefill_decode")):
+    for seed, planted in enumerate(("has_prefill", "prefill_decode")):
         found = search(simulation.simulated(on, planted, 0.08, np.random.default_rng(seed)), DiscoverySettings())
         assert planted in {n for f in found.terms for n, _ in f.one_of}
 

@@ -79,7 +79,7 @@ def expert_rows(frame: pd.DataFrame, configuration: ServingConfiguration, tile: 
     routed = tokens * configuration.llm.num_experts_per_token
     hit = np.maximum(physics.distinct_experts(tokens, configuration, physics.SETTINGS.routing_skew), 1e-9)
     # Just above a whole number of tiles by rounding error is that number.
-    return routed, np.where(tokens > 0, hit * tile * np.ceil(routed / hit / tile - 1e-9), 0.0)
+    return routed, np.maximum(hit * tile * np.ceil(routed / hit / tile - 1e-9), routed)
 
 
 def expert_tile_padding_s(frame: pd.DataFrame, configuration: ServingConfiguration) -> FloatArray:

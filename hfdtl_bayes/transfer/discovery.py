@@ -304,7 +304,7 @@ def discover(
     asked = candidates is not None
     library = _library(candidates if candidates is not None else candidate_names(chosen.quantity), chosen.quantity)
     recordings = _recordings(traces, configs, chosen)
-    _require_blocks(recordings, block_length, settings)
+    _require_blocks(recordings, block_length)
     usable, not_tested = usable_candidates(library, chosen, recordings, asked=asked)
     columns = [*chosen.features, *(c.feature for c in usable)]
     read = [Traces.of(f, c, columns, block_length) for f, c in recordings]
@@ -388,11 +388,10 @@ def _recordings(traces: TraceStore | Sequence[Recording], configs: Sequence[str]
     return found
 
 
-def _require_blocks(recordings: Sequence[Recording], block_length: int, settings: DiscoverySettings) -> None:
+def _require_blocks(recordings: Sequence[Recording], block_length: int) -> None:
     """Refuse traces of which nothing would be left to judge a term by."""
-    # Two stretches are the fewest whose scatter says anything.
-    one = len(recordings) == 1
-    needed = 2 * STRETCH * (2 if one else 1) + (0 if one else max(1, round(settings.calibration_rows / block_length)))
+    # Two stretches are the fewest whose scatter says anything; a configuration alone is also calibrated on two.
+    needed = STRETCH * (4 if len(recordings) == 1 else 3)
     for frame, configuration in recordings:
         blocks = int(time_blocks(frame, block_length)[-1]) + 1
         if blocks < needed:

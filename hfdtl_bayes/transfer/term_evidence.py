@@ -5,8 +5,8 @@ statistics of any subset, on the same row scale and the same drift blocks, so th
 and of each configuration, are integrated out in closed form (`ExactDensity`); the scales (group sds, noise, drift) by Laplace's
 approximation at their mode, in the coordinates in which the exact engine samples because they are nearly normal there.
 
-For screening, the scales stay at or near the mode of the model without the candidate, its own group sd at the median of its prior: one
-evaluation per candidate. No mode is sought, so it understates; those near the top are refined. Drift is part of the covariance
+For screening, the scales stay at or near the mode of the model without the candidate, only its own group sd is integrated out. No mode
+is sought, so it understates for one that explains much; those near the top are refined. Drift is part of the covariance
 throughout: what varies only between blocks competes with the drift of the blocks.
 """
 
@@ -19,7 +19,7 @@ from functools import cached_property
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from scipy.special import gammaln
+from scipy.special import gammaincinv, gammaln
 
 from hfdtl_bayes.configuration import ServingConfiguration
 from hfdtl_bayes.features import Feature, FeatureSet, Level, response
@@ -40,6 +40,8 @@ from hfdtl_bayes.traces import time_blocks
 FloatArray = NDArray[np.float64]
 
 _RIDGE = 1e-12
+_NODES, _TAIL = 11, 1e-4
+"""Points of the rule that integrates a candidate's group sd, and the quantiles of its prior between which they lie."""
 
 
 def _key(name: str) -> str:
@@ -206,9 +208,14 @@ def fit_model(statistics: Sequence[ConfigStatistics], features: FeatureSet, prio
     coordinates = scale_coordinates(density)
     centre = np.zeros(coordinates.size)
     value = float(coordinates.log_density(centre)[0]) + float(np.linalg.slogdet(coordinates.factor)[1])
-    shape, rate = priors.deviation.gamma_shape, priors.deviation.gamma_rate
-    value += 0.5 * coordinates.size * np.log(2 * np.pi) + density.count_coef * (shape * np.log(rate) - gammaln(shape))
+    value += 0.5 * coordinates.size * np.log(2 * np.pi) + density.count_coef * _group_sd_constant(priors)
     return Model(tuple(terms), density, coordinates.scales(centre), value)
+
+
+def _group_sd_constant(priors: PriorSettings) -> float:
+    """Return what `ExactDensity` leaves out of the log prior of one group sd."""
+    shape, rate = priors.deviation.gamma_shape, priors.deviation.gamma_rate
+    return float(shape * np.log(rate) - gammaln(shape))
 
 
 def model(problem: Problem, full: Sequence[ConfigStatistics], terms: Sequence[str]) -> Model:
@@ -220,24 +227,31 @@ def model(problem: Problem, full: Sequence[ConfigStatistics], terms: Sequence[st
 def screen(problem: Problem, full: Sequence[ConfigStatistics], base: Model, names: Sequence[str]) -> FloatArray:
     """Return the log Bayes factor of each candidate beside a model, given scales near the mode of that model, shape (J,).
 
-    log p(rows, scales | model and candidate) - log p(rows, scales | model) with the candidate's group sd at its prior median and noise
-    and drift once as they are and once smaller by as much as the candidate lowers their moment estimates; the larger of the two.
+    log p(rows, scales | model and candidate) - log p(rows, scales | model), the candidate's group sd integrated out by the trapezoidal
+    rule over its log; with noise and drift once as they are and once smaller by as much as the candidate lowers their moment
+    estimates, the larger of the two.
     """
     without = float(base.density.log_density(base.mode)[0])
     k, c = base.density.count_coef, base.density.count_config
+    shape, rate = problem.priors.deviation.gamma_shape, problem.priors.deviation.gamma_rate
+    nodes = np.log(gammaincinv(shape, np.array([_TAIL, 1 - _TAIL])) / rate)
+    log_tau = np.linspace(*nodes, _NODES)
+    constant = _group_sd_constant(problem.priors) + np.log(log_tau[1] - log_tau[0])
     found = []
     for name in names:
         features = problem.extended([*base.terms, name])
         density = ExactDensity([chosen_statistics(s, features) for s in full], features, problem.priors)
-        at = base.mode
-        if density.count_coef > k:
-            at = np.insert(at, k, np.log(problem.priors.deviation.gamma_median))
         with np.errstate(divide="ignore", invalid="ignore"):
             lower = np.nan_to_num(np.log(density.errors / base.density.errors), neginf=0.0, posinf=0.0).T.ravel()
-        first = density.count_coef + 1
-        moved = at.copy()
-        moved[first : first + 2 * c] += np.minimum(lower, 0.0)
-        found.append(float(density.log_density(np.array([at, moved]))[0].max()) - without)
+        moved = base.mode.copy()
+        moved[k + 1 : k + 1 + 2 * c] += np.minimum(lower, 0.0)
+        at = np.array([base.mode, moved])
+        if density.count_coef == k:
+            found.append(float(density.log_density(at)[0].max()) - without)
+            continue
+        at = np.insert(np.repeat(at, _NODES, axis=0), k, np.tile(log_tau, 2), axis=1)
+        logs = density.log_density(at)[0].reshape(2, _NODES)
+        found.append(float(np.logaddexp.reduce(logs, axis=1).max()) + constant - without)
     return np.array(found)
 
 
