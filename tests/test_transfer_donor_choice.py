@@ -34,7 +34,7 @@ FIVE = (
 )
 NEW = (configuration("known", "H100", 4), configuration("other", "B200", 2))
 DATA = simulate(81, FIVE, rows=(60, 40, 80, 50, 30))
-PRIOR = DonorChoiceSettings(scales="prior")
+PRIOR = DonorChoiceSettings(scales="prior", checked=False)
 
 
 def scales(seed: int, count: int = 2) -> DonorScales:
@@ -60,6 +60,11 @@ def traffic_of(own: ServingConfiguration, rows: int = 20) -> TargetTraffic:
     return TargetTraffic(own, design / (design @ np.array([1.0, 1.0, 1.5]))[:, None])
 
 
+def problem_of(own: DonorScales, *, checked: bool = False) -> RankingProblem:
+    information = DonorInformation(DATA.statistics, TINY, PRIORS, own)
+    return RankingProblem(DATA.statistics, information, (traffic_of(NEW[0]),), tuple(traffic_of(c) for c in FIVE), checked)
+
+
 # --- the closed form ---------------------------------------------------------------------------------------------------------
 
 
@@ -68,12 +73,14 @@ def test_the_covariance_of_any_subset_is_that_of_a_density_of_these_donors(new: 
     own = scales(1)
     information = DonorInformation(DATA.statistics, TINY, PRIORS, own)
     subsets = [(0,), (2,), (0, 1), (1, 2, 3), (0, 1, 2, 3, 4)]
-    found = information.covariance(masks(*subsets), new)
+    means, found = information.predictive(masks(*subsets), new)
     for m, subset in enumerate(subsets):
         c = list(subset)
         density = ExactDensity([DATA.statistics[i] for i in c], TINY, PRIORS)
         x = density.join(own.tau, own.share, own.sigma[:, c], np.maximum(own.omega[:, c], 1e-12), [np.ones(2)] * 4)
-        np.testing.assert_allclose(found[:, m], density.predictive(x, new)[1], rtol=1e-8, atol=1e-12)
+        expected = density.predictive(x, new)
+        np.testing.assert_allclose(means[:, m], expected[0], rtol=1e-8, atol=1e-10)
+        np.testing.assert_allclose(found[:, m], expected[1], rtol=1e-8, atol=1e-12)
 
 
 def test_a_discounted_donor_says_as_much_as_in_the_density() -> None:
@@ -144,9 +151,7 @@ def test_errors_are_the_same_however_many_subsets_are_taken_at_once(monkeypatch:
 
 @pytest.mark.parametrize("seed", range(8))
 def test_greedy_with_exchanges_finds_the_best_of_all(seed: int) -> None:
-    problem = RankingProblem(
-        DATA.statistics, 5, DonorInformation(DATA.statistics, TINY, PRIORS, scales(seed)), (traffic_of(NEW[0]),)
-    )
+    problem = problem_of(scales(seed))
     for size in (2, 3):
         every, searched = best_subsets(problem, size, [], PRIOR)
         assert searched == f"all {len(list(itertools.combinations(range(5), size)))} subsets"
@@ -156,13 +161,33 @@ def test_greedy_with_exchanges_finds_the_best_of_all(seed: int) -> None:
 
 
 def test_what_is_to_be_kept_is_kept() -> None:
-    problem = RankingProblem(
-        DATA.statistics, 5, DonorInformation(DATA.statistics, TINY, PRIORS, scales(1)), (traffic_of(NEW[0]),)
-    )
+    problem = problem_of(scales(1))
     for settings in (PRIOR, replace(PRIOR, max_subsets=1)):
         subsets, _ = best_subsets(problem, 3, [3], settings)
         assert all(3 in s and len(s) == 3 for s in subsets)
     assert exchanged(problem, 1, [3], [0, 1, 2, 4]) == [(3,)]
+
+
+@pytest.mark.parametrize("checked", [False, True])
+def test_candidates_outside_check_a_subset(checked: bool) -> None:
+    """Observed over expected error, each by hand from the exact density of the subset, and one ratio of 1."""
+    own = scales(6)
+    problem = problem_of(own, checked=checked)
+    subset, outside = (0, 3), (1, 2, 4)
+    density = ExactDensity([DATA.statistics[i] for i in subset], TINY, PRIORS)
+    chosen = list(subset)
+    x = density.join(own.tau, own.share, own.sigma[:, chosen], np.maximum(own.omega[:, chosen], 1e-12), [np.ones(2)] * 4)
+    logs = []
+    for c in outside:
+        rows = problem.witnesses[c].rows
+        mean, covariance = density.predictive(x, FIVE[c])
+        fitted = ExactDensity([DATA.statistics[c]], TINY, PRIORS).info.reference[0]
+        observed = np.mean([np.abs(rows @ (m - fitted)).mean() for m in mean])
+        sd = [np.sqrt(np.einsum("ik,kl,il->i", rows, v, rows)).mean() for v in covariance]
+        logs.append(np.log(observed / (np.sqrt(2 / np.pi) * np.mean(sd))))
+    found = problem.ratios([subset, (0, 1, 2, 3, 4)])
+    assert found == pytest.approx([np.exp(sum(logs) / 4) if checked else 1.0, 1.0])
+    assert problem.scores([subset])[0] == pytest.approx(problem.errors([subset]).mean() * found[0])
 
 
 # --- on stores ---------------------------------------------------------------------------------------------------------------
@@ -189,17 +214,20 @@ CANDIDATES = (
 MOE_TARGET, DENSE_TARGET = kind("wanted-experts", experts=16, tp=2), kind("wanted-dense", tp=8)
 
 
+def traces(own: ServingConfiguration, seed: int) -> pd.DataFrame:
+    """Rows of the prior's mean with some noise."""
+    rng, features = np.random.default_rng([82, seed]), feature_set("roofline", "step_time")
+    frame = operating_points(own)
+    frame = frame.iloc[rng.integers(0, len(frame), 400)].assign(step_id=np.arange(400), regime="mixed")
+    mean = features.design(frame, own) @ np.array([f.prior.mean for f in features.varying])
+    return frame.assign(step_time_s=mean * np.exp(rng.normal(0, 0.05, 400)))
+
+
 @pytest.fixture(scope="session")
 def store(tmp_path_factory: pytest.TempPathFactory) -> TraceStore:
-    """Traces of the prior's mean with some noise: what times are does not enter the closed form."""
-    path, features = tmp_path_factory.mktemp("donors"), feature_set("roofline", "step_time")
-    mean = np.array([f.prior.mean for f in features.varying])
+    path = tmp_path_factory.mktemp("donors")
     for i, own in enumerate(CANDIDATES):
-        rng = np.random.default_rng([82, i])
-        frame = operating_points(own)
-        frame = frame.iloc[rng.integers(0, len(frame), 400)].assign(step_id=np.arange(400), regime="mixed")
-        frame["step_time_s"] = features.design(frame, own) @ mean * np.exp(rng.normal(0, 0.05, 400))
-        write_store(path, own, frame)
+        write_store(path, own, traces(own, i))
     return TraceStore(path)
 
 
@@ -219,7 +247,8 @@ def test_a_donor_with_experts_is_in_every_good_subset_for_a_target_with_experts(
     pairs = found.table[found.table["size"] == 2]
     with_experts = pairs["donors"].str.contains("experts")
     assert pairs.loc[with_experts, "expected_error"].max() < pairs.loc[~with_experts, "expected_error"].min()
-    assert found.floor < found.table["expected_error"].min()
+    assert found.floor < found.table["model_error"].min()
+    assert (found.table["ratio"] == 1).all()
     (said,) = (r for r in found.reasons if r.startswith("experts:"))
     assert "the only one with experts, as 1 of the 1 target(s)" in said
     top = found.contributions.query("donor == 'experts'").sort_values("share")["coefficient"].iloc[-1]
@@ -245,7 +274,7 @@ def test_a_donor_not_yet_traced_is_judged_by_its_configuration(store: TraceStore
     first = found.additional.iloc[0]
     assert (first["donor"], bool(first["traced"])) == ("not-yet", False)
     assert first["gain"] > 5 * found.additional["gain"].iloc[1]
-    assert any("not-yet, not yet traced, would help most" in r for r in found.reasons)
+    assert any("not-yet, not yet traced, would inform most" in r for r in found.reasons)
     # Once traced over the same batches, it is worth what was foretold.
     traced = ranked(store, MOE_TARGET, keep=found.best, sizes=(2,))
     gain = traced.additional.set_index("donor").loc["experts", "gain"]
@@ -264,6 +293,30 @@ def test_traffic_decides_what_a_donor_is_worth(store: TraceStore) -> None:
     )
     with pytest.raises(InputError, match="the traffic of target 'wanted-dense' has no rows"):
         ranked(store, DENSE_TARGET, traffic={"wanted-dense": points.iloc[:0]})
+
+
+def test_a_donor_that_misleads_is_found_out_by_the_others(tmp_path: Path) -> None:
+    """One candidate three times as slow as its kind informs as well as any; only a check on the rest can tell."""
+    many = (
+        *CANDIDATES[:3],
+        kind("h200-1", gpu="h200_sxm"),
+        kind("h200-2", gpu="h200_sxm", tp=2),
+        kind("l40s-1", gpu="l40s"),
+        kind("l40s-2", gpu="l40s", tp=2),
+    )
+    for i, own in enumerate(many):
+        frame = traces(own, i)
+        write_store(tmp_path, own, frame.assign(step_time_s=(3.0 if own.config_id == "dense-4" else 1.0) * frame["step_time_s"]))
+    spoilt, ids = TraceStore(tmp_path), [c.config_id for c in many]
+    trusting = ranked(spoilt, DENSE_TARGET, candidates=ids, sizes=(2,))
+    assert "dense-4" in trusting.best
+    found = ranked(spoilt, DENSE_TARGET, candidates=ids, sizes=(2,), settings=DonorChoiceSettings(scales="prior", kept=21))
+    assert "dense-4" not in found.best
+    table = found.table.set_index("donors")
+    assert table["expected_error"].to_numpy() == pytest.approx(table["model_error"] * table["ratio"])
+    with_it = table.index.str.contains("dense-4")
+    assert table.loc[with_it, "ratio"].min() > table.loc[~with_it, "ratio"].max()
+    assert any("for what candidates outside showed" in r for r in found.reasons)
 
 
 def test_statistics_stand_in_for_traces(store: TraceStore, tmp_path: Path) -> None:
@@ -286,7 +339,8 @@ def test_refits_on_the_embedded_sample_tell_expected_and_actual_error() -> None:
     )
     assert len(found.table) == 4
     first = found.table.loc[found.table["expected_error"].idxmin()]
-    assert first["donors"] == ",".join(DONORS)
+    assert first["donors"] == ",".join(found.best)
+    assert found.table.set_index("size").loc[3, "ratio"] == 1
     assert 0 < first["refit_error"] < 1
     assert 0 < first["actual_mape"] < 1
     assert found.table["refit_error"].notna().sum() == 1

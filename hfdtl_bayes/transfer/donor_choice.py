@@ -39,16 +39,18 @@ class DonorRanking:
     Attributes
     ----------
     table : DataFrame, one row per subset
-        `size`, `rank` within the size, `donors` (config_ids separated by commas), `expected_error`: the mean over targets of
-        E|error| / step time of the zero-shot prediction, as a fraction; `worst_target` and its `worst_error`. For the subsets that
+        `size`, `rank` within the size, `donors` (config_ids separated by commas); `expected_error`, by which they are ranked: the mean
+        over targets of E|error| / step time of the zero-shot prediction, as a fraction. It is `model_error`, what the model
+        alone expects, times `ratio`, how many times as large as expected the error was on the candidates outside the subset (1
+        where none is outside, which therefore goes unchecked). The `worst_target` and its `worst_error`, likewise. For the subsets that
         were refitted also `refit_error`, the same from the exact posterior, and `actual_mape` over the targets that have traces,
         noise included; NaN for the others.
     additional : DataFrame, one row per candidate or hypothetical donor not in the best subset
-        `donor`, whether it is `traced`, `expected_error` of the best subset with it, and `gain` over it.
+        `donor`, whether it is `traced`, `model_error` of the best subset with it, and the `gain` over it.
     contributions : DataFrame, one row per donor of the best subset and coefficient
-        `donor`, `without`: the expected error without it, `coefficient`, and `share` of what it takes off the targets' variance.
+        `donor`, `without`: the model's expected error without it, `coefficient`, and `share` of what it takes off the targets' variance.
     floor : float
-        The expected error if everything shared were known: what the targets' own deviations leave, whatever the donors.
+        The model's expected error if everything shared were known: what the targets' own deviations leave, whatever the donors.
     reasons : tuple of str
         The same in words.
     candidates, targets : tuple of str
@@ -71,9 +73,8 @@ class DonorRanking:
 
     @property
     def best(self) -> tuple[str, ...]:
-        """The best subset of the largest size."""
-        largest = self.table[self.table["size"] == self.table["size"].max()]
-        return tuple(str(largest["donors"].iloc[0]).split(","))
+        """The subset of the smallest expected error."""
+        return tuple(str(_best(self.table)["donors"]).split(","))
 
     def __str__(self) -> str:
         """Return the reasons, one a line."""
@@ -163,24 +164,25 @@ def rank_donors(
     kept = [names.index(k) for k in keep]
     lines: list[dict[str, object]] = []
     searched: dict[int, str] = {}
-    best: tuple[int, ...] = ()
     for size in sizes:
         subsets, searched[size] = best_subsets(problem, size, kept, settings)
-        errors = problem.errors(subsets)
-        for rank, (subset, own) in enumerate(zip(subsets, errors, strict=True), 1):
+        errors, ratios = problem.errors(subsets), problem.ratios(subsets)
+        for rank, (subset, own, ratio) in enumerate(zip(subsets, errors, ratios, strict=True), 1):
             worst = int(own.argmax())
             lines.append(
                 {
                     "size": size,
                     "rank": rank,
                     "donors": ",".join(names[c] for c in subset),
-                    "expected_error": float(own.mean()),
+                    "expected_error": float(own.mean() * ratio),
+                    "model_error": float(own.mean()),
+                    "ratio": float(ratio),
                     "worst_target": wanted[worst].config_id,
-                    "worst_error": float(own[worst]),
+                    "worst_error": float(own[worst] * ratio),
                 }
             )
-        best = subsets[0]
     table = pd.DataFrame(lines).assign(refit_error=np.nan, actual_mape=np.nan)
+    best = [names.index(d) for d in str(_best(table)["donors"]).split(",")]
     if refit:
         _refit(table, refit, store, {s.config_id: s for s in statistics}, problem, chosen, priors, settings, seed, show_progress)
     additional, contributions = _additional(problem, best), _contributions(problem, best)
@@ -249,10 +251,14 @@ def _statistics(store: TraceStore, config_id: str, features: FeatureSet) -> Conf
     return statistics_from_rows(frame, configuration, features)
 
 
+def _best(table: pd.DataFrame) -> pd.Series:
+    return table.iloc[int(table["expected_error"].to_numpy().argmin())]
+
+
 def _additional(problem: RankingProblem, best: Sequence[int]) -> pd.DataFrame:
     """Return what each candidate or hypothetical donor would add to a subset."""
     others = [c for c in range(len(problem.statistics)) if c not in best]
-    columns = ["donor", "traced", "expected_error", "gain"]
+    columns = ["donor", "traced", "model_error", "gain"]
     if not others:
         return pd.DataFrame({c: [] for c in columns})
     now, *then = problem.errors([best, *((*best, c) for c in others)]).mean(axis=1)
@@ -295,11 +301,13 @@ def _reasons(
     contributions: pd.DataFrame,
     floor: float,
 ) -> tuple[str, ...]:
-    now = float(table.loc[(table["size"] == len(best)) & (table["rank"] == 1), "expected_error"].iloc[0])
+    first = _best(table)
+    now = float(first["model_error"])
     wanted = [_kind(t.configuration) for t in problem.targets]
+    checked = f", times {first['ratio']:.2f} for what candidates outside showed" if problem.checked else ""
     said = [
-        f"best {len(best)}: expected zero-shot error {now:.1%} of the step time, mean over {len(wanted)} target(s); {floor:.1%} "
-        "would be left by any donors, the targets' own deviations"
+        f"best {len(best)}: expected zero-shot error {first['expected_error']:.1%} of the step time, mean over {len(wanted)} target(s)",
+        f"by the model {now:.1%}{checked}; {floor:.1%} would be left by any donors, the targets' own deviations",
     ]
     kinds = {problem.statistics[c].config_id: _kind(problem.statistics[c].configuration) for c in best}
     for donor, lines in contributions.groupby("donor", sort=False):
@@ -315,9 +323,11 @@ def _reasons(
             f"{donor}: without it {lines['without'].iloc[0]:.1%}; it informs {told or 'every coefficient a little'}{because}"
         )
     if len(additional):
-        first = additional.iloc[0]
-        what = "" if first["traced"] else ", not yet traced,"
-        said.append(f"one donor more: {first['donor']}{what} would help most, {now:.1%} to {first['expected_error']:.1%}")
+        more = additional.iloc[0]
+        what = "" if more["traced"] else ", not yet traced,"
+        said.append(
+            f"one donor more: {more['donor']}{what} would inform most, {now:.2%} to {more['model_error']:.2%} by the model"
+        )
     judged = table.dropna(subset=["refit_error"])
     for _, line in judged.iterrows():
         actual = (

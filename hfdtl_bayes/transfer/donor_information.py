@@ -9,11 +9,14 @@ G1_c what donor c says of its centre once its own deviation is integrated out (c
 
 where sums run over the donors chosen: thousands of subsets are a few matrix products. For traffic rows x of mean m(x) the expected error is
 E|error| / m = sqrt(2 / pi) sqrt(x' C_t x) / m(x), averaged over traffic, scales and targets. A donor more never makes it larger.
+
+That is so if the model is right. Whether a subset misleads, its predictions of the candidates outside it tell: their means are in closed
+form too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -93,9 +96,15 @@ class DonorInformation:
         gram = np.vecmat(1.0 / variance, info.gram.reshape(len(statistics), -1, k * k)).reshape(*variance.shape[:2], k, k)
         column, row = self.own_sd[:, None, :, None], self.own_sd[:, None, None, :]
         inverse = np.linalg.inv(column * gram * row + np.eye(k))
-        reduced = gram @ (column * inverse / row)
+        shrink = column * inverse / row
+        reduced = gram @ shrink
+        reduced = 0.5 * (reduced + np.swapaxes(reduced, -1, -2))
         counts = np.array([priors.counts(s.config_id) for s in statistics])
-        self.reduced = 0.5 * counts[:, None, None] * (reduced + np.swapaxes(reduced, -1, -2))
+        target = np.vecmat(np.vecmat(1.0 / variance, info.target), shrink) - np.matvec(reduced, density.offset)
+        self.reduced, self.target = counts[:, None, None] * reduced, counts[:, None] * target
+        self.loaded_target = np.matvec(np.swapaxes(density.loading, -1, -2), self.target)
+        self.population_mean = density.mean
+        self.own_coefficients = info.reference
         self.loaded = self.reduced @ density.loading
         self.squared = np.swapaxes(density.loading, -1, -2) @ self.loaded
 
@@ -105,20 +114,30 @@ class DonorInformation:
         return self.membership.shape[1]
 
     def covariance(self, chosen: BoolArray, configuration: ServingConfiguration) -> FloatArray:
-        """Return the covariance of a new configuration's coefficients, shape (S, M, K, K), in reference units.
+        """Return the covariance of a new configuration's coefficients, shape (S, M, K, K); see `predictive`."""
+        return self.predictive(chosen, configuration)[1]
+
+    def predictive(self, chosen: BoolArray, configuration: ServingConfiguration) -> tuple[FloatArray, FloatArray]:
+        """Return mean and covariance of a new configuration's coefficients given each subset, in reference units.
 
         Parameters
         ----------
         chosen : ndarray of bool, shape (M, C)
             Subsets of the candidates.
         configuration : ServingConfiguration
+
+        Returns
+        -------
+        mean : ndarray, shape (S, M, K)
+        covariance : ndarray, shape (S, M, K, K)
         """
         mask = chosen.astype(float)
-        shared = self.shared_sd[:, None, :, None]
+        shared_sd = self.shared_sd[:, None]
+        shared = shared_sd[..., None]
         s, k, p = len(self.own_sd), self.own_sd.shape[1], self.squared.shape[-1]
-        precision = np.eye(p) + self._summed(mask, self.squared)
+        precision, vector = np.eye(p) + self._summed(mask, self.squared), self._summed(mask, self.loaded_target)
         slope = np.broadcast_to(self._loading(configuration), (s, len(mask), k, p))
-        effect = np.broadcast_to(np.eye(k), (s, len(mask), k, k))
+        effect, moved = np.broadcast_to(np.eye(k), (s, len(mask), k, k)), np.zeros((s, len(mask), k))
         for name, inside in zip(self.hardware, self.membership, strict=True):
             own = mask * inside
             if not own.any():
@@ -127,12 +146,18 @@ class DonorInformation:
             inverse = np.linalg.inv(np.eye(k) + summed)
             mapped = shared * self._summed(own, self.loaded)
             explained = inverse @ mapped
+            told = np.matvec(inverse, shared_sd * self._summed(own, self.target))
             precision = precision - np.swapaxes(mapped, -1, -2) @ explained
+            vector = vector - np.vecmat(told, mapped)
             if name == configuration.hardware.name:
-                slope, effect = slope - shared * explained, inverse
-        found = shared * effect * np.swapaxes(shared, -1, -2) + slope @ np.linalg.solve(precision, np.swapaxes(slope, -1, -2))
-        found[..., np.arange(k), np.arange(k)] += self.own_sd[:, None] ** 2
-        return np.asarray(found)
+                slope, effect, moved = slope - shared * explained, inverse, shared_sd * told
+        covariance = shared * effect * np.swapaxes(shared, -1, -2) + slope @ np.linalg.solve(
+            precision, np.swapaxes(slope, -1, -2)
+        )
+        covariance[..., np.arange(k), np.arange(k)] += self.own_sd[:, None] ** 2
+        xi = np.linalg.solve(precision, vector[..., None])[..., 0]
+        loading = population_loading(self.features, config_to_constant(self.features, configuration))
+        return loading @ self.population_mean + moved + np.matvec(slope, xi), covariance
 
     def errors(self, chosen: BoolArray, targets: Sequence[TargetTraffic]) -> FloatArray:
         """Return the expected relative error of each target given each subset, shape (M, T).
@@ -142,16 +167,44 @@ class DonorInformation:
         chosen : ndarray of bool, shape (M, C)
         targets : sequence of TargetTraffic
         """
-        size = 8 * len(self.own_sd) * (4 * self.squared.shape[-1] ** 2 + max(t.rows.size for t in targets))
-        step = max(1, _AT_ONCE // size)
         found = np.empty((len(chosen), len(targets)))
-        for start in range(0, len(chosen), step):
-            part = slice(start, start + step)
+        for part in self._parts(len(chosen), targets):
             for t, target in enumerate(targets):
-                covariance = self.covariance(chosen[part], target.configuration)
-                variance = ((target.rows @ covariance) * target.rows).sum(axis=-1)
-                found[part, t] = np.sqrt(2.0 / np.pi) * np.sqrt(variance).mean(axis=(0, -1))
+                found[part, t] = _expected(target, self.covariance(chosen[part], target.configuration))
         return found
+
+    def observed(self, chosen: BoolArray, witnesses: Sequence[TargetTraffic]) -> tuple[FloatArray, FloatArray]:
+        """Return how far predictions of candidates outside each subset are off, and how far they were expected to be, shapes (M, T).
+
+        Parameters
+        ----------
+        chosen : ndarray of bool, shape (M, C)
+        witnesses : sequence of TargetTraffic
+            The first T candidates with their traffic. What is off is measured against the coefficients of a fit of their own.
+
+        Returns
+        -------
+        observed, expected : ndarray
+            Relative errors; NaN for candidates inside the subset.
+        """
+        observed = np.full((len(chosen), len(witnesses)), np.nan)
+        expected = observed.copy()
+        for part in self._parts(len(chosen), witnesses):
+            for c, witness in enumerate(witnesses):
+                outside = np.arange(len(chosen))[part][~chosen[part, c]]
+                if not len(outside):
+                    continue
+                mean, covariance = self.predictive(chosen[outside], witness.configuration)
+                observed[outside, c] = np.abs((mean - self.own_coefficients[c]) @ witness.rows.T).mean(axis=(0, -1))
+                expected[outside, c] = _expected(witness, covariance)
+        return observed, expected
+
+    def _parts(self, count: int, targets: Sequence[TargetTraffic]) -> Iterator[slice]:
+        """Yield slices of subsets that are computed at once."""
+        size = 8 * len(self.own_sd) * (4 * self.squared.shape[-1] ** 2 + max((t.rows.size for t in targets), default=0))
+        step = max(1, _AT_ONCE // size)
+        for start in range(0, count, step):
+            yield slice(start, start + step)
 
     def floor(self, targets: Sequence[TargetTraffic]) -> FloatArray:
         """Return the expected error of each target if population and hardware were known, shape (T,): its own deviation is left."""
@@ -174,3 +227,9 @@ class DonorInformation:
 
     def _loading(self, configuration: ServingConfiguration) -> FloatArray:
         return population_loading(self.features, config_to_constant(self.features, configuration)) * self.population_sd
+
+
+def _expected(target: TargetTraffic, covariance: FloatArray) -> FloatArray:
+    """Return E|error| relative to the mean, averaged over traffic and scales, shape (M,), for covariances (S, M, K, K)."""
+    variance = ((target.rows @ covariance) * target.rows).sum(axis=-1)
+    return np.asarray(np.sqrt(2.0 / np.pi) * np.sqrt(variance).mean(axis=(0, -1)))

@@ -26,6 +26,9 @@ from hfdtl_bayes.transfer.donor_information import DonorInformation, DonorScales
 FloatArray = NDArray[np.float64]
 BoolArray = NDArray[np.bool_]
 
+_SMALLEST_ERROR = 1e-6
+"""Relative error below which a prediction is as good as exact."""
+
 
 @dataclass(frozen=True)
 class DonorChoiceSettings:
@@ -34,6 +37,11 @@ class DonorChoiceSettings:
     scales: Literal["posterior", "prior"] = "posterior"
     """Where tau, the share of hardware, noise and drift come from: a fit of all candidates, some seconds, or the medians of their
     priors, which need no measured time at all."""
+    checked: bool = True
+    """Whether the error the model expects is multiplied by how far it was off, for the same subset, on candidates outside it: observed over
+    expected error there, the geometric mean. Without it the ranking says what each donor
+    informs, not whether it misleads: on GPU steps that ranked subsets the wrong way round for many targets at once (benchmarks/
+    donor_choice.py)."""
     scale_draws: int = 8
     """Posterior draws of the scales: subsets rank alike with more."""
     traffic_rows: int = 60
@@ -66,16 +74,50 @@ class DonorChoiceSettings:
 
 @dataclass(frozen=True)
 class RankingProblem:
-    """Everything a ranking is computed from; candidates first, then hypothetical donors."""
+    """Everything a ranking is computed from.
+
+    Attributes
+    ----------
+    statistics : tuple of ConfigStatistics
+        Of the candidates, then of hypothetical donors.
+    information : DonorInformation
+    targets : tuple of TargetTraffic
+    witnesses : tuple of TargetTraffic
+        The candidates, which check the subsets that they are not in.
+    checked : bool
+        As of `DonorChoiceSettings`.
+    """
 
     statistics: tuple[ConfigStatistics, ...]
-    traced: int
     information: DonorInformation
     targets: tuple[TargetTraffic, ...]
+    witnesses: tuple[TargetTraffic, ...]
+    checked: bool = True
+
+    @property
+    def traced(self) -> int:
+        """Number of candidates, those with statistics of their own."""
+        return len(self.witnesses)
 
     def errors(self, subsets: Sequence[Sequence[int]]) -> FloatArray:
-        """Return the expected errors of subsets, given as indices of candidates, shape (M, T)."""
+        """Return the errors that the model expects of subsets, given as indices of candidates, shape (M, T)."""
         return self.information.errors(self.masks(subsets), self.targets)
+
+    def ratios(self, subsets: Sequence[Sequence[int]]) -> FloatArray:
+        """Return how many times as large as expected the error was on the candidates outside each subset, shape (M,).
+
+        The geometric mean over them and one candidate more of ratio 1, so that a single one does not say everything. Geometric, since
+        one that is unlike all others counts against every subset without it.
+        """
+        if not self.checked:
+            return np.ones(len(subsets))
+        observed, expected = self.information.observed(self.masks(subsets), self.witnesses)
+        logs = np.log(np.maximum(observed, _SMALLEST_ERROR) / expected)
+        return np.asarray(np.exp(np.nansum(logs, axis=1) / (np.isfinite(logs).sum(axis=1) + 1)))
+
+    def scores(self, subsets: Sequence[Sequence[int]]) -> FloatArray:
+        """Return what subsets are ranked by, shape (M,): the expected error, averaged over targets and checked."""
+        return np.asarray(self.errors(subsets).mean(axis=1) * self.ratios(subsets))
 
     def masks(self, subsets: Sequence[Sequence[int]]) -> BoolArray:
         """Return subsets as a table of which candidates they hold, shape (M, C)."""
@@ -111,7 +153,13 @@ def ranking_problem(
     def expected(configuration: ServingConfiguration) -> FloatArray:
         return np.asarray(density.predictive(x, configuration)[0].mean(axis=0))
 
-    rows = []
+    def relative(own: ServingConfiguration, frame: pd.DataFrame, coefficients: FloatArray) -> TargetTraffic:
+        frame = frame.iloc[np.unique(np.linspace(0, len(frame) - 1, settings.traffic_rows).round().astype(int))]
+        design = features.design(frame, own)
+        mean = np.maximum(design @ coefficients, features.noise_floor(own))
+        return TargetTraffic(own, design / mean[:, None])
+
+    wanted = []
     for own in targets:
         frame = (traffic or {}).get(own.config_id)
         frame = operating_points(own) if frame is None else frame
@@ -119,10 +167,11 @@ def ranking_problem(
             raise InputError(
                 f"the traffic of target {own.config_id!r} has no rows; give batches, or leave it out for operating points"
             )
-        frame = frame.iloc[np.unique(np.linspace(0, len(frame) - 1, settings.traffic_rows).round().astype(int))]
-        design = features.design(frame, own)
-        mean = np.maximum(design @ expected(own), features.noise_floor(own))
-        rows.append(TargetTraffic(own, design / mean[:, None]))
+        wanted.append(relative(own, frame, expected(own)))
+    witnesses = tuple(
+        relative(s.configuration, operating_points(s.configuration), own)
+        for s, own in zip(statistics, density.info.reference, strict=True)
+    )
     imagined = [_imagined(h, expected(h), features, settings, seed) for h in hypothetical]
     if imagined:
         # A candidate nobody has measured is as noisy as the typical one.
@@ -130,7 +179,8 @@ def ranking_problem(
         sigma, omega = (np.hstack([known, new]) for known, new in zip((scales.sigma, scales.omega), typical, strict=True))
         scales = DonorScales(scales.tau, scales.share, sigma, omega)
     every = (*statistics, *imagined)
-    return RankingProblem(every, len(statistics), DonorInformation(every, features, priors, scales), tuple(rows))
+    information = DonorInformation(every, features, priors, scales)
+    return RankingProblem(every, information, tuple(wanted), witnesses, settings.checked)
 
 
 def _imagined(
@@ -183,8 +233,7 @@ def best_subsets(
         searched = f"all {count} subsets"
     else:
         every, searched = exchanged(problem, size, keep, free), "greedy with exchanges"
-    mean = problem.errors(every).mean(axis=1)
-    order = np.argsort(mean, kind="stable")[: settings.kept]
+    order = np.argsort(problem.scores(every), kind="stable")[: settings.kept]
     return [every[i] for i in order], searched
 
 
@@ -193,13 +242,13 @@ def exchanged(problem: RankingProblem, size: int, keep: Sequence[int], free: Seq
     chosen = tuple(keep)
     while len(chosen) < size:
         grown = [(*chosen, c) for c in free if c not in chosen]
-        chosen = grown[int(problem.errors(grown).mean(axis=1).argmin())]
-    best = float(problem.errors([chosen]).mean())
+        chosen = grown[int(problem.scores(grown).argmin())]
+    best = float(problem.scores([chosen])[0])
     while True:
         swapped = [(*(d for d in chosen if d != out), c) for out in chosen if out not in keep for c in free if c not in chosen]
         if not swapped:
             return [tuple(sorted(chosen))]
-        errors = problem.errors(swapped).mean(axis=1)
+        errors = problem.scores(swapped)
         if errors.min() >= best * (1 - 1e-9):
             return [tuple(sorted(s)) for s in (chosen, *swapped)]
         chosen, best = swapped[int(errors.argmin())], float(errors.min())
