@@ -64,7 +64,8 @@ def choose_donors(
     from hfdtl_bayes.features import feature_set  # noqa: PLC0415
     from hfdtl_bayes.model.prior_files import read_priors  # noqa: PLC0415
     from hfdtl_bayes.traces import read_steps  # noqa: PLC0415
-    from hfdtl_bayes.transfer.donor_choice import DonorChoiceSettings, rank_donors  # noqa: PLC0415
+    from hfdtl_bayes.transfer.donor_choice import rank_donors  # noqa: PLC0415
+    from hfdtl_bayes.transfer.donor_search import DonorChoiceSettings  # noqa: PLC0415
 
     if out is not None:
         check_file(out, (priors_file, traffic), TABLE)

@@ -23,7 +23,8 @@ from hfdtl_bayes.transfer.cross_validation import CrossValidation, CrossValidati
 from hfdtl_bayes.transfer.crps import crps, crps_of_draws, crps_of_normals
 from hfdtl_bayes.transfer.delays import DelayScores, WaitRule, calibrate_delays, score_delays
 from hfdtl_bayes.transfer.discovery import Discovery, Term, discover
-from hfdtl_bayes.transfer.donor_choice import DonorChoiceSettings, DonorRanking, rank_donors
+from hfdtl_bayes.transfer.donor_choice import DonorRanking, rank_donors
+from hfdtl_bayes.transfer.donor_search import DonorChoiceSettings
 from hfdtl_bayes.transfer.donors import combine_donors, discounts_from, forget, promote
 from hfdtl_bayes.transfer.evaluation import HeldOut, attainable_mape, evaluate
 from hfdtl_bayes.transfer.folds import LEAVE_OUT, Fold, Skipped
