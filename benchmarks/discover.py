@@ -2,11 +2,12 @@
 
     python benchmarks/discover.py ../shared/data/gpu_steps ../shared/data/vllm_cpu [--replications 200] [--jobs 2] [--out FILE.csv]
 
-Every replication keeps the real batches of some configurations, draws their coefficients from the fit of the feature set to the real
-step times (scales at their mode), and simulates step times anew: group effects, noise and drift of the size that was measured. Where a
-term is planted, its mean over the steps that have it is 3 to 8 % of their time, and its coefficient differs between configurations
-by 25 %. The whole procedure runs, from the scaling of rows to the held-out check. A term counts as found if it is named or in the
-set "one of these" of a term named; beside it stands how often it is the one named first, and how large the sets are.
+Every replication keeps the real batches of some configurations and simulates their step times anew from the fit of the feature set to
+the real ones (scales at their mode): population coefficients from their posterior, fresh group effects of hardware and
+configurations, noise and drift of the size that was measured, relative to the new means. Where a term is planted, its mean over the steps
+that have it is 3 to 8 % of their time, and its coefficient differs between configurations by 25 %. The whole procedure runs, from the
+scaling of rows to the held-out check. A term counts as found if it is named or in the set "one of these" of a term named; beside it
+stands how often it is the one named first, and how large the sets are. Seconds are of one processor.
 """
 
 from __future__ import annotations
@@ -24,10 +25,12 @@ import numpy as np
 import pandas as pd
 
 from hfdtl_bayes.features import candidate, candidate_names, feature_set
+from hfdtl_bayes.model.exact import population_loading
+from hfdtl_bayes.statistics import config_to_constant
 from hfdtl_bayes.traces import TraceStore, time_blocks
 from hfdtl_bayes.transfer import usable_rows
 from hfdtl_bayes.transfer.discovery import usable_candidates
-from hfdtl_bayes.transfer.term_evidence import Problem, Traces, model
+from hfdtl_bayes.transfer.term_evidence import Model, Problem, Traces, model
 from hfdtl_bayes.transfer.term_search import DiscoverySettings, Search, search
 
 GPU = (
@@ -57,6 +60,8 @@ UNLIKE = 0.25
 """Relative sd of a planted coefficient between configurations."""
 FEWEST_ACTIVE = 0.02
 """Share of all rows that must have a term for it to be planted."""
+MOST_DRAWS = 1000
+"""Draws of group effects tried until every step is slower than its weights can be read."""
 
 
 @dataclass(frozen=True)
@@ -64,11 +69,9 @@ class Scene:
     """A problem on real batches with what is needed to simulate its step times."""
 
     problem: Problem
+    fitted: Model
     design: tuple[np.ndarray, ...]
     scale: tuple[np.ndarray, ...]
-    theta: np.ndarray
-    sigma: np.ndarray
-    omega: np.ndarray
 
     @property
     def plants(self) -> list[str]:
@@ -76,54 +79,74 @@ class Scene:
         names = {c.name for c in self.problem.candidates}
         found = []
         for n in (p for p in PLANTS if p in names):
-            relative = self.relative(n)
+            relative = self.relative(n, self.scale)
             active = relative != 0
             most = self.problem.candidate(n).feature.prior.high
             if active.mean() >= FEWEST_ACTIVE and LARGEST / relative[active].mean() <= most:
                 found.append(n)
         return found
 
-    def relative(self, name: str) -> np.ndarray:
+    def relative(self, name: str, scale: Sequence[np.ndarray]) -> np.ndarray:
         """Return a candidate's column over the scale of the step, over all configurations."""
         columns = [t.column(self.problem.candidate(name).feature) for t in self.problem.traces]
-        return np.concatenate([c / s for c, s in zip(columns, self.scale, strict=True)])
+        return np.concatenate([c / s for c, s in zip(columns, scale, strict=True)])
 
 
 @cache
 def scene(store: str, configs: tuple[str, ...], features: str) -> Scene:
-    """Prepare a scene once per process; coefficients are drawn a thousand times."""
+    """Prepare a scene once per process."""
     opened = TraceStore(store)
     chosen = feature_set(features)
     read = [(usable_rows(opened.steps(c).frame, opened.configuration(c), chosen), opened.configuration(c)) for c in configs]
     kept, _ = usable_candidates([candidate(n) for n in candidate_names()], chosen, read)
     columns = [*chosen.features, *(c.feature for c in kept)]
     problem = Problem.of(chosen, kept, [Traces.of(f, c, columns, 20) for f, c in read])
-    fitted = model(problem, problem.statistics(), ())
-    drawn = fitted.density.draw(np.repeat(fitted.mode[None], 1000, axis=0), np.random.default_rng(1))
-    design, scale = [], []
-    for t in problem.traces:
-        x = problem.features.design(t.frame, t.configuration)
-        design.append(x)
-        scale.append(problem.scaling(t, problem.features, problem.features).mean_s(x))
-    return Scene(problem, tuple(design), tuple(scale), drawn["theta"], *fitted.errors)
+    design = [problem.features.design(t.frame, t.configuration) for t in problem.traces]
+    scale = [
+        problem.scaling(t, problem.features, problem.features).mean_s(x) for t, x in zip(problem.traces, design, strict=True)
+    ]
+    return Scene(problem, model(problem, problem.statistics(), ()), tuple(design), tuple(scale))
+
+
+def drawn_means(on: Scene, rng: np.random.Generator) -> list[np.ndarray]:
+    """Return the mean step times of configurations like those fitted, group effects drawn anew; none faster than its weights are read."""
+    density, features = on.fitted.density, on.problem.features
+    centre, covariance = (v[0] for v in density.population(on.fitted.mode[None]))
+    scales = density.draw(on.fitted.mode[None], rng)
+    tau, share = scales["tau"][0] * density.scale, float(scales["hardware_share"][0])
+    configurations = [t.configuration for t in on.problem.traces]
+    for _ in range(MOST_DRAWS):
+        phi = rng.multivariate_normal(centre, covariance)
+        effects = {c.hardware.name: np.sqrt(share) * tau * rng.standard_normal(len(tau)) for c in configurations}
+        theta = [
+            population_loading(features, config_to_constant(features, c)) @ phi
+            + effects[c.hardware.name]
+            + np.sqrt(1 - share) * tau * rng.standard_normal(len(tau))
+            for c in configurations
+        ]
+        means = [x @ t for x, t in zip(on.design, theta, strict=True)]
+        if all(m.min() > features.noise_floor(c) for m, c in zip(means, configurations, strict=True)):
+            return means
+    raise RuntimeError("the fitted population hardly ever gives possible step times")
 
 
 def simulated(on: Scene, planted: str | None, share: float, rng: np.random.Generator) -> Problem:
     """Return the problem with step times simulated from the fit, and a term of mean share `share` planted or none."""
-    draw = on.theta[rng.integers(len(on.theta))]
-    means = [x @ draw[c] for c, x in enumerate(on.design)]
+    means = drawn_means(on, rng)
+    scale = means
     if planted is not None:
-        columns = [t.column(on.problem.candidate(planted).feature) for t in on.problem.traces]
-        relative = on.relative(planted)
+        relative = on.relative(planted, means)
         coefficient = share / relative[relative != 0].mean()
-        means = [m + coefficient * (1 + UNLIKE * rng.standard_normal()) * c for m, c in zip(means, columns, strict=True)]
+        columns = [t.column(on.problem.candidate(planted).feature) for t in on.problem.traces]
+        scale = [m + coefficient * (1 + UNLIKE * rng.standard_normal()) * c for m, c in zip(means, columns, strict=True)]
+    sigma, omega = on.fitted.errors
     traces = []
     for c, t in enumerate(on.problem.traces):
         blocks = time_blocks(t.frame, t.block_length)
-        drift = on.omega[c] * rng.standard_normal(int(blocks[-1]) + 1)
-        errors = drift[blocks] + on.sigma[c] * rng.standard_normal(len(blocks))
+        drift = omega[c] * rng.standard_normal(int(blocks[-1]) + 1)
+        errors = drift[blocks] + sigma[c] * rng.standard_normal(len(blocks))
         # A step takes some time, however the normal falls.
-        observed = np.maximum(means[c] + on.scale[c] * errors, 0.1 * on.scale[c])
+        observed = np.maximum(scale[c] * (1 + errors), 0.1 * means[c])
         traces.append(replace(t, frame=t.frame.assign(step_time_s=observed)))
     return replace(on.problem, traces=tuple(traces))
 
@@ -151,13 +174,13 @@ def replication(
     rng = np.random.default_rng([seed, 0 if planted is None else 1 + PLANTS.index(planted)])
     share = float(rng.uniform(SMALLEST, LARGEST))
     problem = simulated(on, planted, share, rng)
-    started = time.perf_counter()
+    started = time.process_time()
     found = search(problem, settings)
     return {
         "planted": planted or "",
         "share": share,
         "seed": seed,
-        "seconds": time.perf_counter() - started,
+        "seconds": time.process_time() - started,
         **outcome(found, planted),
     }
 
