@@ -46,6 +46,7 @@ def test_promotion_with_a_statistics_file(tmp_path: Path) -> None:
     assert ran.json["input_hash"] == LatencyPosterior.load(tmp_path / "d.nc").input_hash
 
 
+@pytest.mark.slow
 def test_a_donor_forgotten_and_combined_again(promoted: Path, tmp_path: Path) -> None:
     ran = done("forget", promoted, "--donor", FIRST, "--out", tmp_path / "less.nc", "--seed", 3, *FEW_DRAWS)
     assert f"donor {FIRST} forgotten" in ran.out

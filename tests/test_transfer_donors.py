@@ -21,7 +21,7 @@ from hfdtl_bayes.statistics import ConfigStatistics, statistics_from_rows
 from hfdtl_bayes.transfer import calibrate_statistics, combine_donors, discounts_from, forget, promote
 from hfdtl_bayes.transfer.donors import with_discounts_of_donors
 
-SAMPLER = SamplerSettings(draws=500, tune=200, chains=8)
+SAMPLER = SamplerSettings(draws=300, tune=100, chains=8)
 FEW = SamplerSettings(draws=100, tune=100, chains=2)
 EVERY_DRAW = ConditionalSettings(first_draws=10**6)
 QUIET = {"show_progress": False}
@@ -49,7 +49,7 @@ def fitted(*indices: int, seed: int = 1, target: str | None = None, priors: Prio
 @cache
 def reconfigured() -> LatencyPosterior:
     """Donors c0, c1, c2 conditioned on the target c3."""
-    donors = fit(of(0, 1, 2), TINY, PRIORS, replace(SAMPLER, draws=2000), seed=2, **QUIET)
+    donors = fit(of(0, 1, 2), TINY, PRIORS, replace(SAMPLER, draws=1500), seed=2, **QUIET)
     return calibrate_statistics(donors, of(3)[0], engine="conditional", limits=EVERY_DRAW, seed=3)
 
 
