@@ -264,6 +264,15 @@ def test_gate_follows_the_thresholds(tmp_path: Path):
     assert strict.code == 1
 
 
+def test_verdict_of_calibration_rows_alone_never_accepts():
+    found = run("verdict", chain().target, STORE, "--json", "--gate", "--calibration-only")
+    assert found.json["held_out"] is None
+    assert found.json["accepted"] is False
+    assert found.code == 1
+    statuses = {c["name"]: c["status"] for c in found.json["checks"]}
+    assert statuses["accuracy"] in {"cannot_say", "fail"}
+
+
 def test_every_threshold_is_an_option():
     words = ("posterior_file", "store", "config", "gate", "calibration_only", "seed", "as_json")
     assert {f.name for f in dataclasses.fields(VerdictSettings)} == set(inspect.signature(verdict_command).parameters) - set(
