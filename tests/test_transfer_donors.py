@@ -123,9 +123,9 @@ def test_promotion_with_more_rows() -> None:
 @pytest.mark.slow
 def test_a_target_calibrated_on_promoted_donors_is_the_joint_fit() -> None:
     """Conditioning twice, a promotion between: the draws are worth less each time, and say so."""
-    start = fit(of(0, 1), TINY, PRIORS, replace(SAMPLER, draws=2000), seed=5, **QUIET)
+    start = fit(of(0, 1), TINY, PRIORS, replace(SAMPLER, draws=4000), seed=5, **QUIET)
     once = calibrate_statistics(start, of(2)[0], engine="conditional", limits=EVERY_DRAW, seed=6)
-    promoted = promote(once, limits=ConditionalSettings(min_effective=1), **QUIET)
+    promoted = promote(once, **QUIET)
     twice = calibrate_statistics(promoted, of(3)[0], engine="conditional", limits=EVERY_DRAW, seed=7)
     first, second = (p.convergence().reweighting for p in (once, twice))
     assert first is not None
