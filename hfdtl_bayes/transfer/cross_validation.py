@@ -59,6 +59,11 @@ class CrossValidationSettings:
     beside the differences between configurations."""
     convergence: ConvergenceSettings = field(default_factory=lambda: ConvergenceSettings(max_rhat=1.05, min_ess=100))
     """Limits for these short chains: a hundred effective draws leave a mean a tenth of a posterior sd."""
+    spread: float = 0.6
+    """Sd between configurations of the log of the error that transfer adds, believed before any is seen: a factor of 1.8. Zero-shot on
+    GPU steps it was 0.34 to 0.96 for eighty sets of two to four donors, 0.6 on average (benchmarks/donor_choice.py)."""
+    spread_worth: float = 4.0
+    """How many configurations that belief is worth; 0 for none. Four, for it varied by a third between sets of donors."""
 
     def __post_init__(self) -> None:
         """Refuse settings that cannot be run.
@@ -78,6 +83,10 @@ class CrossValidationSettings:
             raise InputError(f"unit must be 'block' or 'row', found {self.unit!r}")
         if not 0 < self.held_out_fraction < 1:
             raise InputError(f"held_out_fraction must lie between 0 and 1, found {self.held_out_fraction}")
+        if not (0 < self.spread < float("inf") and 0 <= self.spread_worth < float("inf")):
+            raise InputError(
+                f"spread must be positive and spread_worth not negative, found {self.spread} and {self.spread_worth}"
+            )
 
 
 @dataclass(frozen=True)
@@ -142,7 +151,8 @@ class CrossValidation:
         # A configuration may be left out in several folds (once for each workload): its own mean counts once.
         logs = own[["mape", "attainable_mape"]].apply(np.log).groupby(own["config"], sort=False).mean()
         mape = {str(c): float(np.exp(v)) for c, v in logs["mape"].items()}
-        return transfer_error(mape, np.exp(logs["attainable_mape"].to_numpy(dtype=float)), rows)
+        attainable = np.exp(logs["attainable_mape"].to_numpy(dtype=float))
+        return transfer_error(mape, attainable, rows, spread=self.settings.spread, worth=self.settings.spread_worth)
 
     def learning_curve(self) -> pd.DataFrame:
         """Return the expected transfer error by number of rows, one row per way of leaving out and number.

@@ -1,14 +1,19 @@
 """How well transfer will do for a configuration yet to come, from how well it did for those left out.
 
 Errors are compared on the log scale: configurations differ by factors, and a MAPE is positive. With J left-out configurations of log
-MAPE x_j ~ Normal(mu, s^2), both unknown, S the sample sd, t with J - 1 degrees of freedom,
+MAPE x_j ~ Normal(mu, s^2), mu flat and s^2 scaled inverse chi-squared, worth nu_0 configurations at s_0,
 
-    mu ~ mean + S / sqrt(J) t          x_new ~ mean + S sqrt(1 + 1 / J) t
+    nu = nu_0 + J - 1       S^2 = (nu_0 s_0^2 + sum (x_j - mean)^2) / nu
+    mu ~ mean + S / sqrt(J) t_nu          x_new ~ mean + S sqrt(1 + 1 / J) t_nu
 
-the classical confidence and prediction intervals, which are also those of the reference prior. With two or three configurations they are
-wide, as they should be. What they cannot know: the folds share donors, so their errors are not independent, and no estimate of that
-dependence is unbiased (Bengio & Grandvalet 2004, JMLR 5); each fold has fewer donors than there will be, which errs on the careful
-side; and a configuration unlike all of them is not exchangeable with them.
+(Gelman et al., Bayesian Data Analysis, 3rd ed., section 3.3); nu_0 = 0 gives the classical t intervals. The belief is there because two
+or three configurations say next to nothing of s: t with one or two degrees of freedom reaches from a per mille to a thousand per
+cent. It is about the error that transfer adds, s_0 = spread * (1 - attainable^2 / MAPE^2) by the delta method (a quarter of the spread
+at least): where noise alone is left, configurations differ little.
+
+What no such interval knows: the folds share donors, so their errors are not independent, and no estimate of that dependence is
+unbiased (Bengio & Grandvalet 2004, JMLR 5); each fold has fewer donors than there will be, which errs on the careful side; and a
+configuration unlike all of them is not exchangeable with them.
 """
 
 from __future__ import annotations
@@ -20,6 +25,7 @@ from numpy.typing import NDArray
 from scipy.stats import t as student_t
 
 _SMALLEST_MAPE = 1e-6
+_LEAST_SHARE = 0.25
 
 
 @dataclass(frozen=True)
@@ -71,7 +77,9 @@ class TransferError:
         )
 
 
-def transfer_error(mape: dict[str, float], attainable: NDArray[np.float64], rows: int) -> TransferError:
+def transfer_error(
+    mape: dict[str, float], attainable: NDArray[np.float64], rows: int, *, spread: float, worth: float
+) -> TransferError:
     """Return the expected transfer error.
 
     Parameters
@@ -81,17 +89,22 @@ def transfer_error(mape: dict[str, float], attainable: NDArray[np.float64], rows
     attainable : ndarray
         Attainable MAPE of each.
     rows : int
+    spread, worth : float
+        Sd between configurations of the log of the error that transfer adds, and nu_0, how many configurations that belief is worth.
     """
     count = len(mape)
     logs = np.log(np.maximum(list(mape.values()), _SMALLEST_MAPE))
     middle = float(logs.mean())
+    level = float(np.exp(np.log(np.maximum(attainable, _SMALLEST_MAPE)).mean()))
     low, high, new_low, new_high = np.full(4, np.nan)
     if count > 1:
-        reach = logs.std(ddof=1) * student_t.ppf(0.975, count - 1)
+        believed = spread * max(_LEAST_SHARE, 1.0 - (level / np.exp(middle)) ** 2)
+        degrees = worth + count - 1
+        sd = np.sqrt((worth * believed**2 + ((logs - middle) ** 2).sum()) / degrees)
+        reach = sd * student_t.ppf(0.975, degrees)
         of_mean, of_new = reach / np.sqrt(count), reach * np.sqrt(1 + 1 / count)
         low, high, new_low, new_high = np.exp(middle + np.array([-of_mean, of_mean, -of_new, of_new]))
     worst = max(mape, key=lambda c: mape[c])
-    level = float(np.exp(np.log(np.maximum(attainable, _SMALLEST_MAPE)).mean()))
     return TransferError(
         rows, count, float(np.exp(middle)), float(low), float(high), float(new_low), float(new_high), mape[worst], worst, level
     )
