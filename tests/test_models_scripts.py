@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import runpy
 import subprocess
 import sys
@@ -113,3 +114,16 @@ def test_leave_one_donor_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
     assert "leaving out configuration: zero-shot: MAPE of a new configuration" in said
     assert "from 2 left-out configurations" in said
     assert (tmp_path / "learning_curve.svg").read_text().count("<svg") == 1
+
+
+def test_residual_discovery(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    words = ("--donors", TARGET, "--features", "blis-blackbox", "--max-terms", 1, "--out", tmp_path, "--draws", 100)
+    said = tell(monkeypatch, capsys, "residual_discovery.py", *words)
+    found = json.loads((tmp_path / "discovery.json").read_text())
+    assert "prompts" in found["tested"]
+    assert all(sentence in said for sentence in found["sentences"])
+    # Three coefficients cannot describe these steps.
+    (term,) = found["terms"]
+    saved = LatencyPosterior.load(tmp_path / "posterior.nc")
+    assert saved.feature_set.coef_names[-1] == term["name"]
+    assert term["gain"]["points"] > 0
