@@ -120,11 +120,11 @@ class Term:
             else "BLIS's basis has no such term: its Go needs"
         )
         go = f"{' ' if not self.blis else '; in Go '}beta * {self.go}" if self.go else " one (no expression stated)"
-        means = (
-            f" {'If it is real' if self.mean > 0 else 'Its coefficient is negative, the opposite of'}: {self.meaning}."
-            if self.meaning
-            else ""
-        )
+        if abs(self.mean) < 2 * self.sd and len(self.sizes) > 1:
+            said = "Its sign is not known of other configurations. Where positive"
+        else:
+            said = "If it is real" if self.mean > 0 else "Its coefficient is negative, the opposite of"
+        means = f" {said}: {self.meaning}." if self.meaning else ""
         return f"{held}{go}.{means}"
 
 

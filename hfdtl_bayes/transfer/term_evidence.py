@@ -234,8 +234,8 @@ def screen(problem: Problem, full: Sequence[ConfigStatistics], base: Model, name
     without = float(base.density.log_density(base.mode)[0])
     k, c = base.density.count_coef, base.density.count_config
     shape, rate = problem.priors.deviation.gamma_shape, problem.priors.deviation.gamma_rate
-    nodes = np.log(gammaincinv(shape, np.array([_TAIL, 1 - _TAIL])) / rate)
-    log_tau = np.linspace(*nodes, _NODES)
+    lowest, highest = (float(np.log(gammaincinv(shape, q) / rate)) for q in (_TAIL, 1 - _TAIL))
+    log_tau = np.linspace(lowest, highest, _NODES)
     constant = _group_sd_constant(problem.priors) + np.log(log_tau[1] - log_tau[0])
     found = []
     for name in names:

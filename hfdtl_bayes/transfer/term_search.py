@@ -236,7 +236,7 @@ def search(problem: Problem, settings: DiscoverySettings, *, seed: int = 0) -> S
         if log_mean <= limit:
             break
         if len(found) == settings.max_terms or len(rejected) > settings.max_rejected:
-            more = True
+            more = len(found) == settings.max_terms
             break
         one_of = look.one_of(settings)
         name = one_of[0][0]
@@ -286,10 +286,9 @@ def _pruned(
         checked, reasons = [], {}
         for f in found:
             rest = [t for t in terms if t != f.name]
-            if not rest:
+            if not rest and not dropped and f.gains:
                 # The step that found it was this very comparison, on the scale of the features alone.
-                gains = f.gains or held_out_gains(problem, full, rest, terms, settings.calibration_rows)
-                checked.append((np.inf, Found(f.name, f.one_of, f.log_bayes_factor, gains)))
+                checked.append((np.inf, f))
                 continue
             without = model(problem, full, rest)
             factor = kept.log_evidence - without.log_evidence
@@ -297,10 +296,11 @@ def _pruned(
                 f.name, f.one_of, f.log_bayes_factor, held_out_gains(problem, full, rest, terms, settings.calibration_rows)
             )
             lost = 1.0 - explained_share(problem, full, without, names, seed) / share if share > 0 else 1.0
+            beside = f"beside {', '.join(rest)} " if rest else ""
             if factor <= np.log(settings.bayes_factor):
-                reasons[f.name] = f"beside {', '.join(rest)} its Bayes factor is {np.exp(factor):.3g}"
+                reasons[f.name] = f"{beside}its Bayes factor is {np.exp(factor):.3g}"
             elif not new.gain.improves(settings.improvement):
-                reasons[f.name] = f"beside {', '.join(rest)} it does not improve held-out rows"
+                reasons[f.name] = f"{beside}it does not improve held-out rows"
             elif lost < settings.not_needed:
                 reasons[f.name] = f"projection: {', '.join(rest)} account for all but {lost:.1%} of what all terms explain"
             checked.append((factor, new))
