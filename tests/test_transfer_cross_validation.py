@@ -89,7 +89,7 @@ def run(store: TraceStore, donors=("one", "two", "three", "four"), **how) -> Cro
 
 @pytest.fixture(scope="session")
 def found(store: TraceStore) -> CrossValidation:
-    return run(store, leave_out=("configuration", "model", "hardware", "tp"))
+    return run(store, leave_out=("configuration", "model", "hardware"))
 
 
 # --- the same as by hand -----------------------------------------------------------------------------------------------------
@@ -169,7 +169,10 @@ def test_the_same_seed_gives_the_same_and_seeds_draw_other_rows(store: TraceStor
 def test_folds_leave_out_all_that_share_a_value(found: CrossValidation) -> None:
     folds = {(f.leave_out, f.value): (f.donors, f.left_out) for f in found.folds}
     assert folds["hardware", "L4"] == (("one", "two"), ("three", "four"))
-    assert folds["tp", "tp2"] == (("one", "three"), ("two", "four"))
+    by_tp, _ = plan_folds("tp", FOUR, {})
+    assert [(f.value, f.donors, f.left_out) for f in by_tp] == [
+        ("tp1", ("two", "four"), ("one", "three")), ("tp2", ("one", "three"), ("two", "four")),
+    ]  # fmt: skip
     assert folds["configuration", "three"] == (("one", "two", "four"), ("three",))
     by_hardware = found.table[found.table["leave_out"] == "hardware"]
     assert (by_hardware["donors"] == 2).all()
@@ -321,7 +324,7 @@ def test_prediction_intervals_for_a_new_configuration_hold_as_often_as_they_say(
 
 def test_the_learning_curve_is_the_expected_error_by_rows(found: CrossValidation) -> None:
     curve = found.learning_curve()
-    assert list(curve["rows"]) == [0, 20, 45] * 3
+    assert list(curve["rows"]) == [0, 20, 45] * 2
     line = curve.query("leave_out == 'hardware' and rows == 20").iloc[0]
     expected = found.error(20, "hardware")
     assert (line["typical"], line["new_high"], line["configurations"]) == (expected.typical, expected.new_high, 4)
@@ -336,7 +339,7 @@ def test_the_figure_shows_every_number_of_the_curve(found: CrossValidation) -> N
     for narrow in (False, True):
         (axes,) = learning_curve_figure(curve, narrow=narrow).axes
         drawn = [np.asarray(line.get_ydata()) for line in axes.get_lines() if len(line.get_ydata())]
-        for kind in ("configuration", "hardware", "tp"):
+        for kind in ("configuration", "hardware"):
             own = curve[curve["leave_out"] == kind]
             for name in ("typical", "attainable"):
                 assert any(np.allclose(y, 100 * own[name]) for y in drawn if len(y) == len(own)), (kind, name)

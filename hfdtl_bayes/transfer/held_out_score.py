@@ -66,9 +66,9 @@ def held_out_score(posterior: LatencyPosterior, held_out: ConfigStatistics, *, d
     target = posterior.statistics.index(own)
     sigmas, omegas = (posterior.draws_of(n)[chosen] for n in ("sigma", "omega"))
     donors = ExactDensity(posterior.donor_statistics, posterior.feature_set, posterior.priors)
-    scales = [posterior.draws_of(n)[chosen] for n in ("tau", "hardware_share")]
+    tau, share = (posterior.draws_of(n)[chosen] for n in ("tau", "hardware_share"))
     populations = [posterior.draws_of(n)[chosen] for n in _POPULATIONS]
-    x = donors.join(*scales, sigmas[:, of_donors], omegas[:, of_donors], populations)
+    x = donors.join(tau, share, sigmas[:, of_donors], omegas[:, of_donors], populations)
     mean, covariance = donors.predictive(x, own.configuration)
     with np.errstate(divide="ignore"):
         log_sigma, log_omega = np.log(sigmas[:, target]), np.log(omegas[:, target])
