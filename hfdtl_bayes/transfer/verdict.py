@@ -33,10 +33,9 @@ from hfdtl_bayes.transfer.checks import (
     check_rmse,
     check_slopes,
     make_evidence,
-    probability_below,
     rows_needed,
 )
-from hfdtl_bayes.transfer.checks.accuracy import attainable_rmse
+from hfdtl_bayes.transfer.checks.accuracy import attainable_rmse, held_out_probability
 from hfdtl_bayes.transfer.checks.check import records
 from hfdtl_bayes.transfer.evaluation import HeldOut, attainable_mape, error_sd, evaluate, fitted_block_length
 
@@ -242,9 +241,7 @@ def verdict(
     )
     checks = _checks(evidence, settings, seed)
     outcome, recommendation = _decide(checks, evidence, settings, floor)
-    probability = float("nan")
-    if scores is not None:
-        probability = probability_below(scores, limit, settings.bootstrap, seed)
+    probability = held_out_probability(evidence, settings.accuracy, seed=seed)
     return Verdict(configuration.config_id, outcome, recommendation, tuple(checks.values()), scores, probability, limit)
 
 

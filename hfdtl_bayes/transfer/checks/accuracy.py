@@ -166,17 +166,30 @@ def row_errors(traffic: Traffic) -> FloatArray:
     return np.where(traffic.scored, np.abs(traffic.observed - traffic.expected) / np.maximum(traffic.observed, 1e-300), 0.0)
 
 
+def _block_ratio(traffic: Traffic) -> Ratio:
+    return Ratio(
+        block_sums(row_errors(traffic), traffic.block), block_sums(traffic.scored.astype(float), traffic.block), _first(traffic)
+    )
+
+
+def held_out_probability(evidence: Evidence, settings: AccuracySettings, *, seed: int = 0) -> float:
+    """Return the probability that the MAPE is below the limit; not a number without held-out rows, or with one block of them."""
+    held = evidence.held_out
+    if held is None:
+        return float("nan")
+    own = row_errors(held)[held.scored]
+    independent = float(own.std() / np.sqrt(len(own)) / own.mean()) if len(own) > 1 and own.mean() > 0 else 0.0
+    return probability_ratio_below(_block_ratio(held), evidence.limit, settings.bootstrap, seed, independent)
+
+
 def check_accuracy(evidence: Evidence, settings: AccuracySettings | None = None, *, seed: int = 0) -> Check:
     """Judge the MAPE on held-out rows; without them say what the posterior and left-out calibration blocks suggest, and no more."""
     settings = settings or AccuracySettings()
     held, scores = evidence.held_out, evidence.scores
     if held is None or scores is None:
         return _without_rows(evidence, settings, seed)
-    error = row_errors(held)
-    ratio = Ratio(block_sums(error, held.block), block_sums(held.scored.astype(float), held.block), _first(held))
-    own = error[held.scored]
-    independent = float(own.std() / np.sqrt(len(own)) / own.mean()) if len(own) > 1 and own.mean() > 0 else 0.0
-    probability = probability_ratio_below(ratio, evidence.limit, settings.bootstrap, seed, independent)
+    ratio = _block_ratio(held)
+    probability = held_out_probability(evidence, settings, seed=seed)
     table = scores.by_regime.reset_index()
     blocks = int((ratio.count > 0).sum())
     message = (

@@ -164,7 +164,8 @@ def make_evidence(
     def traffic(frame: pd.DataFrame | None, *, times: bool = True) -> Traffic | None:
         if frame is None or frame.empty:
             return None
-        design = np.asarray(posterior.feature_set.design(frame, configuration))
+        supported = posterior.feature_set.supported(frame, configuration)
+        design = np.where(supported[:, None], posterior.feature_set.design(frame, configuration), 0.0)
         expected = design @ draws.mean
         scale = posterior.scale_s(expected, configuration)
         observed = response(frame, posterior.feature_set.quantity) if times else expected
