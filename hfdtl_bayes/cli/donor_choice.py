@@ -50,7 +50,9 @@ def choose_donors(
     ] = 0,
     scales: Annotated[
         str,
-        typer.Option("--scales", help="posterior: scales from a fit of all candidates. prior: medians of their priors, at once."),
+        typer.Option(
+            "--scales", help="posterior: scales from a fit of all candidates. prior: middles of their prior ranges, at once."
+        ),
     ] = "posterior",
     features: Annotated[str, typer.Option("--features", help="Feature set, for step_time.")] = "roofline",
     priors_file: PriorsFile = None,

@@ -35,8 +35,8 @@ class DonorChoiceSettings:
     """How donors are ranked."""
 
     scales: Literal["posterior", "prior"] = "posterior"
-    """Where tau, the share of hardware, noise and drift come from: a fit of all candidates, some seconds, or the medians of their
-    priors, which need no measured time at all."""
+    """Where tau, the share of hardware, noise and drift come from: a fit of all candidates, some seconds, or the middles of their
+    prior ranges, for which nothing is fitted."""
     checked: bool = True
     """Whether the error the model expects is multiplied by how far it was off, for the same subset, on candidates outside it: observed over
     expected error there, the geometric mean. Without it the ranking says what each donor
