@@ -38,8 +38,9 @@ from hfdtl_bayes.configuration import ServingConfiguration
 from hfdtl_bayes.features import feature_set
 from hfdtl_bayes.model import LatencyPosterior
 from hfdtl_bayes.traces import TraceStore, drop_warmup
-from hfdtl_bayes.transfer import Verdict, VerdictSettings, calibrate, evaluate, fit_donors, verdict
+from hfdtl_bayes.transfer import Verdict, VerdictSettings, calibrate, evaluate, fit_donors, population_conflict, verdict
 from hfdtl_bayes.transfer.checks import check_accuracy, check_coverage, make_evidence
+from hfdtl_bayes.transfer.conflict import EVERYTHING
 
 ROWS = 50
 BLOCK = 20
@@ -184,17 +185,23 @@ def row_of(posterior: LatencyPosterior, own: Case, settings: VerdictSettings) ->
     }
     for name, judged in (("held", found), ("alone", alone)):
         row |= {f"{name}: {c.name}": str(c.status) for c in judged.checks}
-    row |= least_shifts(found)
+    row |= least_shifts(posterior, found)
     if own.kind == "real" and found.accepted:
         row["least_factor"] = least_refused(posterior, own, found, settings)
     return row
 
 
-def least_shifts(found: Verdict) -> dict[str, float]:
-    """Return the smallest shift of one coefficient that the held-out rows, and the statistics, show with a power of 80 and 95 %."""
+def least_shifts(posterior: LatencyPosterior, found: Verdict) -> dict[str, float]:
+    """Return the smallest shifts that are shown with a power of 80 and 95 %.
+
+    `slope`: of one coefficient, relative, by the held-out rows; `kin`: of all coefficients against the donors' prediction, a factor, by the
+    statistics of the calibration rows.
+    """
     slopes = found.check("slopes on the held-out rows")
     assert slopes is not None
-    return {f"slope_{p}": float(slopes.table[f"detectable_{p}"].min()) for p in (80, 95)}
+    kin = population_conflict(posterior).detectable
+    row = {f"slope_{p}": float(slopes.table[f"detectable_{p}"].min()) for p in (80, 95)}
+    return row | {f"kin_{p}": float(kin[f"shift_{p}"].get(EVERYTHING, np.nan)) for p in (80, 95)}
 
 
 @cache
@@ -254,10 +261,14 @@ def report(results: pd.DataFrame) -> str:
         least = results["least_factor"].dropna()
         said = ", ".join(f"{f:g} in {np.mean(least <= f):.0%}" for f in FACTORS)
         parts.append(f"A common factor on all heavy times is refused: {said} of the {len(least)} accepted real targets")
-    shifts = results.loc[results["kind"] == "real", ["slope_80", "slope_95"]].median()
+    shifts = results.loc[results["kind"] == "real", ["slope_80", "slope_95", "kin_80", "kin_95"]].median()
     parts.append(
         "Smallest shift of one coefficient that the held-out blocks show (the best known one, median over targets): "
         f"{shifts['slope_80']:.0%} with a power of 80 %, {shifts['slope_95']:.0%} with 95 %"
+    )
+    parts.append(
+        "Smallest common factor on all coefficients that 50 light rows show to be unlike the donors: "
+        f"{shifts['kin_80']:.2f} with a power of 80 %, {shifts['kin_95']:.2f} with 95 %"
     )
     parts.append(f"A verdict takes {results['seconds'].median():.2f} s (median), {results['seconds'].max():.2f} s at most")
     return "\n\n".join(parts)

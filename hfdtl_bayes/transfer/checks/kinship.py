@@ -9,7 +9,7 @@ import numpy as np
 
 from hfdtl_bayes.transfer.checks.check import Check, Status
 from hfdtl_bayes.transfer.checks.evidence import Evidence
-from hfdtl_bayes.transfer.conflict import EVERYTHING, population_conflict
+from hfdtl_bayes.transfer.conflict import population_conflict
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -40,9 +40,6 @@ def check_kinship(evidence: Evidence, settings: KinshipSettings | None = None) -
         f"a member of the donors' population would look as unusual with probability {conflict.p_value:.2g}; "
         f"{conflict.coefficient} stands out most, by {conflict.z:.1f} sds"
     )
-    if EVERYTHING in conflict.detectable.index:
-        least = float(conflict.detectable["shift_80"].loc[EVERYTHING])
-        message += f". A common factor of {least:.2f} on all coefficients would be noticed in 80 % of cases"
     status = Status.FAIL if conflict.p_value < settings.level else Status.PASS
     if status is Status.PASS and conflict.p_value < settings.warn_level:
         status = Status.WARN
