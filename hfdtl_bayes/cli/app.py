@@ -10,9 +10,9 @@ import typer
 from typer.core import TyperGroup
 
 from hfdtl_bayes.cli.cross_validation import cross_validate
+from hfdtl_bayes.cli.discover import discover
 from hfdtl_bayes.cli.donor_choice import choose_donors
 from hfdtl_bayes.cli.donors import combine, forget, promote
-from hfdtl_bayes.cli.discover import discover
 from hfdtl_bayes.cli.export import export
 from hfdtl_bayes.cli.fit import calibrate, fit
 from hfdtl_bayes.cli.inspection import inspect
