@@ -16,7 +16,8 @@ Tables, MAPE in per cent, median over targets (90th percentile, worst):
 - what issue "Transfer" asks for, and what is reached; and whether ours is ever worse than the best of zero-shot, scratch (both feature sets)
   and boosting, the best chosen after the fact, target by target, so chance alone makes some ratios exceed 1;
 - configurations unlike any donor (their GPU, or experts by the dozen) beside the rest;
-- coverage of 95 % intervals of noisy test rows (at most 30 time blocks of 20 steps, evenly spread) and of the blocks' means;
+- coverage of 95 % intervals of noisy test rows (at most 30 time blocks of 20 steps, evenly spread) and of the blocks' means; and the
+  relative sd of the expected value;
 - the verdict at 50 rows, against the true held-out MAPE. `test`: it sees noisy rows of the traffic asked about; `own`: only the rest of the
   traffic it was calibrated on, and the batches of the traffic asked about without their times (benchmarks/verdict.py has more);
 - the recorded engine: MAPE over the attainable one, which is what the target's own coefficients, fitted to all its rows (test rows
@@ -201,7 +202,11 @@ def judge(case: Case) -> list[dict[str, object]]:
 
 def over_targets(values: pd.Series) -> str:
     """Return 'median (90th percentile, worst)'."""
-    return f"{values.median():.3g} ({values.quantile(0.9):.2g}, {values.max():.2g})"
+
+    def short(value: float, digits: int) -> str:
+        return f"{value:.0f}" if value >= 100 else f"{value:.{digits}g}"
+
+    return f"{short(values.median(), 3)} ({short(values.quantile(0.9), 2)}, {short(values.max(), 2)})"
 
 
 def per_target(results: pd.DataFrame, value: str = "mape") -> pd.DataFrame:
@@ -306,7 +311,7 @@ def intervals(results: pd.DataFrame) -> pd.DataFrame:
             f"targets {low:.0%} to {high:.0%}": grouped.agg(lambda c: ((c >= low) & (c <= high)).mean()),
             f"targets below {low:.0%}": grouped.agg(lambda c: (c < low).mean()),
             "worst target": grouped.min(),
-            "mean sd": per_target(own, "uncertainty").groupby(keys)["uncertainty"].median(),
+            "sd of the mean": per_target(own, "uncertainty").groupby(keys)["uncertainty"].median(),
         }
     )
     return in_order((100 * table).round(1), pd.unique(results["split"]))
