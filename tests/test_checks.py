@@ -21,6 +21,7 @@ from hfdtl_bayes.statistics import statistics_from_rows
 from hfdtl_bayes.transfer import Outcome, Status, Verdict, VerdictSettings, evaluate, population_conflict, verdict
 from hfdtl_bayes.transfer.checks import (
     AccuracySettings,
+    CoverageSettings,
     Evidence,
     Traffic,
     check_accuracy,
@@ -260,6 +261,16 @@ def test_coverage_of_good_slow_and_slightly_slow_rows() -> None:
     slight = check_coverage(evidence(None, many.assign(step_time_s=1.04 * many["step_time_s"])))
     assert slight.status is Status.WARN, slight.message
     assert list(slight.table.columns) == ["block", "regime", "rows", "error", "announced_sd", "pit"]
+
+
+def test_few_rows_held_counts_once_blocks_show_it() -> None:
+    """Three blocks of which one misses are no proof of narrow intervals; thirty are."""
+    noisy = traffic(TARGET, 8, 30 * BLOCK)
+    bad = (noisy["step_id"] // BLOCK % 3 == 0).to_numpy()
+    held = noisy.assign(step_time_s=noisy["step_time_s"] * np.where(bad, 1.45, 1.0))
+    few = check_coverage(evidence(None, held.iloc[: 3 * BLOCK]), CoverageSettings(min_coverage=0.9, level=1e-9))
+    many = check_coverage(evidence(None, held), CoverageSettings(min_coverage=0.9, level=1e-9))
+    assert (few.status, many.status) == (Status.WARN, Status.FAIL), (few.message, many.message)
 
 
 def test_common_shift_is_detected_with_the_power_it_says() -> None:

@@ -44,7 +44,8 @@ class HeldOut:
         rows, mape, rmse_s, bias, coverage, block_coverage per regime.
     block_errors : DataFrame
         Per block: `regime`; `rows` that count for the MAPE and `error`, the sum of their absolute percentage errors; `size`, all
-        rows, and `squared`, the sum of their squared errors; whether its mean lies `inside` its interval. What the block bootstrap
+        rows, `squared`, the sum of their squared errors, and `rows_inside`, how many lie inside their interval; whether its mean
+        lies `inside` its own. What the block bootstrap
         resamples.
     """
 
@@ -156,6 +157,7 @@ def evaluate(
         squared=("squared", "sum"),
         size=("squared", "size"),
         observed=("observed", "mean"),
+        rows_inside=("inside", "sum"),
     )
     means["inside"] = (means["observed"] >= block_means["q2.5_s"]) & (means["observed"] <= block_means["q97.5_s"])
 
@@ -186,5 +188,5 @@ def evaluate(
             np.median(predicted["sd_mean_s"] / posterior.scale_s(predicted["mean_s"].to_numpy(), configuration))
         ),
         by_regime=by_regime,
-        block_errors=means[["regime", "rows", "error", "squared", "size", "inside"]].reset_index(),
+        block_errors=means[["regime", "rows", "error", "squared", "size", "rows_inside", "inside"]].reset_index(),
     )

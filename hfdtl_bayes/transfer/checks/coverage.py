@@ -16,8 +16,10 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy.stats import binom, chi2, norm
 
+from hfdtl_bayes.transfer.checks.accuracy import Ratio, probability_ratio_below
 from hfdtl_bayes.transfer.checks.check import Check, Status
 from hfdtl_bayes.transfer.checks.evidence import Evidence, Traffic
+from hfdtl_bayes.transfer.evaluation import HeldOut
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
 FloatArray = NDArray[np.float64]
 
 NAME = "coverage"
-_CLIP = 1e-6
+_CLIP, _RESAMPLES = 1e-6, 1000
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,9 @@ class CoverageSettings:
     tolerance: float = 0.05
     """Relative error of a block mean that nobody minds: half the limit of the MAPE. Intervals that are too narrow by less are said to be
     so, but are no reason against use."""
+    confidence: float = 0.9
+    """Probability with which blocks must show the share of rows to lie below `min_coverage`: rows of one block miss together, so over a few
+    blocks the share is a rough estimate."""
 
 
 def block_errors(evidence: Evidence, traffic: Traffic) -> tuple[FloatArray, FloatArray, FloatArray]:
@@ -83,6 +88,15 @@ def common_shift_detectable(evidence: Evidence, traffic: Traffic, level: float, 
     return 1.0 + float((norm.isf(level / 2) + norm.ppf(power)) / np.sqrt(max(information, 1e-300)))
 
 
+def _enough_rows_held(scores: HeldOut, settings: CoverageSettings) -> float:
+    """Return the probability that intervals hold at least `min_coverage` of rows; 0 with one block, which is all there is to go by."""
+    blocks = scores.block_errors
+    size = blocks["size"].to_numpy(dtype=float)
+    missed = Ratio(size - blocks["rows_inside"].to_numpy(dtype=float), size, blocks["regime"].to_numpy())
+    found = probability_ratio_below(missed, 1.0 - settings.min_coverage, _RESAMPLES, 0)
+    return found if np.isfinite(found) else 0.0
+
+
 def check_coverage(evidence: Evidence, settings: CoverageSettings | None = None) -> Check:
     """Judge 95 % intervals of rows, and PITs of block means, on held-out rows."""
     settings = settings or CoverageSettings()
@@ -116,9 +130,14 @@ def check_coverage(evidence: Evidence, settings: CoverageSettings | None = None)
     )
     if scores.blocks > 1:
         message += f"; a common factor of {common_shift_detectable(evidence, held, settings.level, 0.8):.2f} would be seen in 80 % of cases"
-    if scores.coverage < settings.min_coverage or (chance < settings.level and material < settings.level):
+    few = scores.coverage < settings.min_coverage
+    if (few and _enough_rows_held(scores, settings) < 1.0 - settings.confidence) or (
+        chance < settings.level and material < settings.level
+    ):
         status = Status.FAIL
         advice = "The error is larger than announced: calibrate on traffic like this, or look for what the features miss."
+    elif few:
+        status, advice = Status.WARN, "Intervals hold few rows, on too few blocks to be sure: record more to judge by."
     elif chance < settings.level:
         status = Status.WARN
         advice = f"Intervals are too narrow by less than {settings.tolerance:.0%} of the time of a block: allow for that."
