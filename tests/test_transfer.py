@@ -30,7 +30,7 @@ from hfdtl_bayes.transfer import (
     usable_rows,
     verdict,
 )
-from hfdtl_bayes.transfer.verdict import probability_below
+from hfdtl_bayes.transfer.checks import probability_below
 
 
 @pytest.fixture(scope="module")
