@@ -16,7 +16,9 @@ Truth is the MAPE against the noise-free time of all heavy rows. Two situations:
 recorded and not calibrated on; and `calibration only`, where heavy traffic is known by its batches alone, so that nothing is ever
 accepted and the table says what spoke against a target. The `tune` half of the configurations (every other one by name) was there to
 choose thresholds on, and asked for no change of the defaults; that few rows in their intervals count only once blocks show it was
-learnt on the `test` half, where 3 of 43 good targets were refused before. Prints the table of outcomes by truth, the two error rates with 95 % intervals
+learnt on the `test` half, where 3 of 43 good targets were refused before.
+
+Prints the table of outcomes by truth, the two error rates with 95 % intervals
 (Clopper-Pearson), the shifts the checks can see, and the time of a verdict.
 """
 
