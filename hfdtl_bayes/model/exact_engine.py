@@ -8,7 +8,7 @@ import numpy as np
 import xarray as xr
 
 from hfdtl_bayes.features import FeatureSet
-from hfdtl_bayes.model.diagnostics import convergence
+from hfdtl_bayes.model.diagnostics import ConvergenceSettings, convergence
 from hfdtl_bayes.model.exact import ExactDensity
 from hfdtl_bayes.model.hmc import run_hmc
 from hfdtl_bayes.model.layout import check_statistics, posterior_tree
@@ -19,6 +19,8 @@ from hfdtl_bayes.statistics import ConfigStatistics
 
 _THIN = (1, 4, 16)
 """Draws made for each one kept, tried in turn until the chains agree: several modes, as of data far from their prior, need more."""
+_WANTED = ConvergenceSettings(max_rhat=1.01, max_divergent_share=0.0)
+"""Stricter than what a fit is refused for, so that a fit made without settings is seldom near that."""
 _CLOSER = 5.0
 """By how much rejections are made rarer, with shorter steps, after a run with divergences."""
 
@@ -70,10 +72,10 @@ def sample_exact(
     for thin in _THIN:
         settings = SamplerSettings(thin=thin, target_accept=target)
         tree = _sample(coordinates, statistics, settings, seed=seed, show_progress=show_progress, label=label)
-        diverged = bool(tree["sample_stats"]["diverging"].any())
-        if convergence(tree).passed and not diverged:
+        found = convergence(tree, _WANTED)
+        if found.passed:
             break
-        if diverged:
+        if found.divergences:
             target = 1.0 - (1.0 - target) / _CLOSER
     return tree
 
