@@ -26,7 +26,7 @@ def test_the_sets_that_the_documents_name_exist() -> None:
     # In a process of its own: other tests register sets.
     code = "from hfdtl_bayes.features import feature_set_names; print(*feature_set_names())"
     named = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
-    assert set(named) == {"roofline", "hfdtl", "hfdtl-interactions", "blis-physics", "blis-blackbox"}
+    assert set(named) == {"roofline", "hfdtl", "hfdtl-interactions", "blis-physics", "blis-blackbox", "roofline-discrepancy"}
     for quantity in ("queue_delay", "api_delay"):
         assert set(feature_set_names(quantity)) == {"roofline", "hfdtl", "hfdtl-interactions"}
         assert feature_set("roofline", quantity).quantity == quantity

@@ -52,7 +52,11 @@ def fit(
         str, typer.Option("--quantity", help="step_time, queue_delay (scheduled - queued) or api_delay (queued - arrival).")
     ] = "step_time",
     features: Annotated[
-        str, typer.Option("--features", help="Feature set: roofline, hfdtl, blis-physics, blis-blackbox or a registered one.")
+        str,
+        typer.Option(
+            "--features",
+            help="Feature set: roofline, roofline-discrepancy, hfdtl, blis-physics, blis-blackbox or a registered one.",
+        ),
     ] = "roofline",
     priors_file: PriorsFile = None,
     discounts: Discounts = None,

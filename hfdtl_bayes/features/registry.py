@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hfdtl_bayes.errors import InputError, UnknownNameError
-from hfdtl_bayes.features import blis, hfdtl, roofline
+from hfdtl_bayes.features import blis, discrepancy, hfdtl, roofline
 from hfdtl_bayes.features.feature import QUANTITIES, FeatureSet
 
 _SETS: dict[tuple[str, str], FeatureSet] = {}
@@ -78,6 +78,7 @@ for _set in (
     *hfdtl.SETS,
     blis.PHYSICS,
     blis.BLACKBOX,
+    discrepancy.STEP_TIME,
 ):
     register_feature_set(_set)
     _OWN.add((_set.name, _set.quantity))
