@@ -54,10 +54,11 @@ def test_exact_engine_agrees_with_gibbs() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ["exact", "pymc"])
+@pytest.mark.parametrize("engine", ["exact", "pymc", "rows"])
 def test_engines_agree_at_the_edges(engine: str) -> None:
-    # Rows take a quarter of an hour here; they are compared on the random problems.
-    found, refused = compared(engine, (*NAMED, *NAMED_SLOW))
+    # A million rows take the engine of rows a quarter of an hour; twenty thousand are among the problems.
+    names = [n for n in (*NAMED, *NAMED_SLOW) if engine != "rows" or "1e6" not in n]
+    found, refused = compared(engine, names)
     assert set(refused) <= (set() if engine == "exact" else set(FUNNELS))
     assert passed(found), str(found)
 
