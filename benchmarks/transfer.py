@@ -1,13 +1,14 @@
 """How well transfer works: ours beside the design's recipe, fits of the target alone and boosting; intervals and verdicts with it.
 
     OMP_NUM_THREADS=1 python benchmarks/transfer.py ../shared/data/gpu_steps ../shared/data/vllm_cpu [--donor-sets standard five two ...]
-        [--seeds 1] [--jobs 2] [--targets N] [--no-reference] [--out FILE.csv]
+        [--seeds 1] [--jobs 2] [--targets N] [--no-reference] [--discrepancy] [--out FILE.csv]
 
 Every configuration that is no donor is a target, given 0, 10, 25, 50, 100, 250 or 500 of its rows. Composed GPU steps: calibration rows
 carry 5 % noise, errors are against the noise-free time. Rows are drawn at random; or from concurrency 32 and below, tested at 64 and above;
 or from chat, tested on summarisation; or from decode-only steps, tested on steps with prefill; or from light chat, tested on heavy code and
 summarisation. Recorded engine: tested on the last 30 % of every regime's time blocks; or calibrated at loads up to 0.5, tested from 0.85. The
-standard donors run everything; for other sets (`transfer_splits.DONOR_SETS`) ours runs at 0 and 50 rows.
+standard donors run everything; for other sets (`transfer_splits.DONOR_SETS`) ours runs at 0 and 50 rows. With --discrepancy also the
+feature set `roofline-discrepancy`, whose calibrations take twenty times as long.
 
 Tables, MAPE in per cent, median over targets (90th percentile, worst):
 
@@ -61,11 +62,12 @@ CONVERGENCE = ConvergenceSettings(max_rhat=1.05, min_ess=100)
 """A hundred effective draws leave means a tenth of a posterior sd; chains of 150 draws let R-hat vary by some hundredths."""
 
 FEATURES = ("roofline", "hfdtl")
-HFDTL_COUNTS = (25, 50, 100, 500)
-"""Numbers of rows at which the design's features are fitted: their joint refits would take half of the time."""
+DISCREPANCY = "roofline-discrepancy"
+FEW_COUNTS = (25, 50, 100, 500)
+"""Numbers of rows at which feature sets other than the default are fitted: their joint refits would take most of the time."""
 OURS = "ours, roofline"
 RECIPE, BOOSTING, FLOOR, ORACLE = "design's recipe", "boosting", "floor", "oracle prior"
-METHODS = (OURS, "ours, hfdtl", "scratch, roofline", "scratch, hfdtl", BOOSTING, RECIPE, ORACLE, FLOOR)
+METHODS = (OURS, f"ours, {DISCREPANCY}", "ours, hfdtl", "scratch, roofline", "scratch, hfdtl", BOOSTING, RECIPE, ORACLE, FLOOR)
 ALONE = ("scratch, roofline", "scratch, hfdtl", BOOSTING)
 
 OTHER_SETS_COUNT = 50
@@ -89,6 +91,7 @@ class Case:
     target: str
     seed: int
     reference: bool
+    discrepancy: bool
 
     @property
     def name(self) -> str:
@@ -97,10 +100,11 @@ class Case:
 
 
 @cache
-def fitted_donors(store: str, chosen: str) -> tuple[dict[str, LatencyPosterior], RidgeRecipe]:
+def fitted_donors(store: str, chosen: str, discrepancy: bool) -> tuple[dict[str, LatencyPosterior], RidgeRecipe]:
     """Fit a set of donors, once per process."""
     opened, ids = TraceStore(store), DONOR_SETS[Path(store).name][chosen]
     names = FEATURES if chosen == "standard" else FEATURES[:1]
+    names += (DISCREPANCY,) if discrepancy else ()
     fits = {f: fit_donors(opened, ids, f, show_progress=False) for f in names}
     return fits, fit_ridge_donors([(drop_warmup(opened.steps(d).frame), opened.configuration(d)) for d in ids])
 
@@ -132,10 +136,10 @@ def verdicts(
 
 def ours(case: Case, split: Split, configuration: ServingConfiguration) -> Iterator[dict[str, object]]:
     """Yield the scores of the hierarchical model: zero-shot, then at every number of rows."""
-    fits, _ = fitted_donors(case.store, case.donors)
+    fits, _ = fitted_donors(case.store, case.donors, case.discrepancy)
     for f, fitted in fits.items():
         yield {"n": 0, "method": f"ours, {f}", **judged(fitted, split, configuration, case.seed)}
-        counts = COUNTS if f == "roofline" else HFDTL_COUNTS
+        counts = COUNTS if f == "roofline" else FEW_COUNTS
         for n in counts if case.donors == "standard" else (OTHER_SETS_COUNT,):
             if n > len(split.pool):
                 continue
@@ -149,7 +153,7 @@ def ours(case: Case, split: Split, configuration: ServingConfiguration) -> Itera
 
 def rivals(case: Case, split: Split, configuration: ServingConfiguration) -> Iterator[dict[str, object]]:
     """Yield the scores of the recipe, of fits of the target alone, and of boosting."""
-    _, recipe = fitted_donors(case.store, case.donors)
+    _, recipe = fitted_donors(case.store, case.donors, case.discrepancy)
     yield {"n": 0, "method": RECIPE, "mape": mape(recipe.predict_s(split.test, configuration), split.test)}
     for n in COUNTS:
         if n > len(split.pool):
@@ -383,9 +387,9 @@ def report(results: pd.DataFrame) -> str:
 def run(cases: Sequence[Case], jobs: int) -> pd.DataFrame:
     """Judge all cases, in processes of their own."""
     started = time.perf_counter()
-    for store, donors in dict.fromkeys((c.store, c.donors) for c in cases):
+    for store, donors, discrepancy in dict.fromkeys((c.store, c.donors, c.discrepancy) for c in cases):
         # Fitted here first, so that workers that are forked find them in the cache.
-        fitted_donors(store, donors)
+        fitted_donors(store, donors, discrepancy)
         if any(c.reference for c in cases) and Path(store).name == "gpu_steps":
             transfer_methods.oracle(store)
     with ProcessPoolExecutor(jobs) as pool:
@@ -406,6 +410,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--targets", type=int, default=None, help="only so many targets of each store, evenly spread")
     parser.add_argument("--reference", action=argparse.BooleanOptionalAction, default=True, help="floor and oracle prior")
+    parser.add_argument("--discrepancy", action="store_true", help="the feature set roofline-discrepancy as well")
     parser.add_argument("--out", type=Path, default=None, help="write every score as CSV")
     arguments = parser.parse_args()
     unknown = [str(p) for p in arguments.stores if p.name not in DONOR_SETS]
@@ -424,7 +429,11 @@ def main() -> None:
             if arguments.targets is not None:
                 spread = np.linspace(0, len(targets) - 1, min(arguments.targets, len(targets)))
                 targets = [targets[i] for i in spread.round().astype(int)]
-            cases += [Case(str(path), name, t, s, arguments.reference) for t in targets for s in range(arguments.seeds)]
+            cases += [
+                Case(str(path), name, t, s, arguments.reference, arguments.discrepancy)
+                for t in targets
+                for s in range(arguments.seeds)
+            ]
     results = run(cases, arguments.jobs)
     if arguments.out:
         results.to_csv(arguments.out, index=False)
