@@ -40,6 +40,7 @@ from hfdtl_bayes.transfer.checks.check import records
 from hfdtl_bayes.transfer.evaluation import HeldOut, attainable_mape, error_sd, evaluate, fitted_block_length
 
 FIT = "fit to the calibration rows"
+_RETRAIN = "This configuration is unlike the donors: trace it richly, calibrate it on all of that, and make it a donor itself (`promote`)."
 
 
 class Outcome(StrEnum):
@@ -336,7 +337,7 @@ def _without_rows(checks: dict[str, Check], evidence: Evidence, stranger: bool) 
     if fit is not None and fit.status is Status.FAIL:
         return Outcome.EXPAND_RESIDUAL, fit.recommendation
     if stranger:
-        return Outcome.RETRAIN_AS_DONOR, "This configuration is unlike the donors: trace it richly and make it a donor itself."
+        return Outcome.RETRAIN_AS_DONOR, _RETRAIN
     reach = checks["reach of the calibration"]
     if reach.status is Status.FAIL or checks["accuracy"].status is Status.FAIL:
         return Outcome.COLLECT_MORE, reach.recommendation or checks["accuracy"].recommendation
@@ -350,17 +351,14 @@ def _without_rows(checks: dict[str, Check], evidence: Evidence, stranger: bool) 
 def _refused(checks: dict[str, Check], evidence: Evidence, settings: VerdictSettings, stranger: bool) -> tuple[Outcome, str]:
     """Return what would mend a target that is not good enough."""
     if stranger:
-        return (
-            Outcome.RETRAIN_AS_DONOR,
-            "This configuration is unlike the donors: trace it richly and make it a donor itself.",
-        )
+        return Outcome.RETRAIN_AS_DONOR, _RETRAIN
     missing, fit = checks["lack of fit"], checks.get(FIT)
     if missing.status is Status.FAIL:
         return Outcome.EXPAND_RESIDUAL, missing.recommendation
     if fit is not None and fit.status is Status.FAIL:
         return (
             Outcome.EXPAND_RESIDUAL,
-            "Not even the calibration rows are fitted: a residual feature is missing. Plot the errors against each feature.",
+            "Not even the calibration rows are fitted: a residual feature is missing. `discover` looks for it.",
         )
     assert evidence.scores is not None
     assert evidence.held_out is not None
