@@ -10,11 +10,13 @@ from typing import Any
 import arviz as az
 import numpy as np
 import pytest
+import xarray as xr
 from scipy.special import polygamma
 from simulation import PRIORS, TINY, simulate
 
 from hfdtl_bayes.errors import ConvergenceError
 from hfdtl_bayes.model import (
+    Convergence,
     ConvergenceSettings,
     ExactDensity,
     PositiveRange,
@@ -179,21 +181,34 @@ def test_thinning_keeps_every_nth_draw_of_the_same_chains() -> None:
 
 def test_chains_that_do_not_agree_are_continued_until_they_do(monkeypatch: pytest.MonkeyPatch) -> None:
     data = simulate(3)
-    asked: list[int] = []
+    asked: list[SamplerSettings] = []
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        asked.append(args[1].thin)
+        asked.append(args[1])
         return run_hmc(*args, **kwargs)
 
     monkeypatch.setattr(exact_engine, "run_hmc", run)
     monkeypatch.setattr(exact_engine, "_THIN", (1, 2, 3))
     # Convergence that no first run can show: more effective draws than there are draws.
     wanted = iter((ConvergenceSettings(min_ess=1e5), ConvergenceSettings()))
-    monkeypatch.setattr(exact_engine, "convergence", lambda tree: convergence(tree, next(wanted)))
+    monkeypatch.setattr(exact_engine, "convergence", lambda tree, _: convergence(tree, next(wanted)))
     tree = sample_exact(data.statistics, TINY, data.priors, show_progress=False)
-    assert asked == [1, 2]
-    assert tree["sample_stats"].attrs["thin"] == asked[-1]
+    assert [(s.thin, s.target_accept) for s in asked] == [(1, 0.95), (2, 0.95)]
+    assert tree["sample_stats"].attrs["thin"] == 2
+    # With shorter steps after a divergence.
+    asked.clear()
+    diverged = iter((1, 1, 0))
+
+    def found(tree: xr.DataTree, _: ConvergenceSettings) -> Convergence:
+        divergences = next(diverged)
+        return replace(convergence(tree), divergences=divergences, passed=not divergences)
+
+    monkeypatch.setattr(exact_engine, "convergence", found)
+    tree = sample_exact(data.statistics, TINY, data.priors, show_progress=False)
+    assert [s.thin for s in asked] == [1, 2, 3]
+    assert [s.target_accept for s in asked] == pytest.approx([0.95, 0.99, 0.998])
+    assert tree["sample_stats"].attrs["target_accept"] == pytest.approx(0.998)
     # Settings that were given are kept to.
     asked.clear()
     sample_exact(data.statistics, TINY, data.priors, SamplerSettings(draws=50, tune=50), show_progress=False)
-    assert asked == [1]
+    assert [s.thin for s in asked] == [1]
