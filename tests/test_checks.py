@@ -20,6 +20,7 @@ from hfdtl_bayes.model import LatencyPosterior, SamplerSettings, fit
 from hfdtl_bayes.statistics import statistics_from_rows
 from hfdtl_bayes.transfer import Outcome, Status, Verdict, VerdictSettings, evaluate, population_conflict, verdict
 from hfdtl_bayes.transfer.checks import (
+    JUDGED,
     AccuracySettings,
     CoverageSettings,
     Evidence,
@@ -423,6 +424,24 @@ def test_without_held_out_rows_nothing_is_accepted() -> None:
         judged(traffic(TARGET, 2, 300).iloc[:0])
     with pytest.raises(InputError, match="no intended rows"):
         judged(None, intended_rows=traffic(TARGET, 2, 300).iloc[:0])
+
+
+def test_other_traffic_than_was_judged_is_not_accepted() -> None:
+    held = traffic(TARGET, 2, 300)
+    assert judged(held, intended_rows=traffic(TARGET, 3, 100)).check(JUDGED).passed  # type: ignore[union-attr]
+    heavy = traffic(TARGET, 3, 100).assign(prefill_tokens=lambda f: 10 * held["prefill_tokens"].max() + f["prefill_tokens"])
+    lenient = VerdictSettings(max_mean_uncertainty=10.0)
+    assert judged(held, lenient).outcome is Outcome.ACCEPT
+    found = judged(held, lenient, intended_rows=heavy)
+    assert found.outcome is Outcome.CANNOT_SAY
+    assert "most of all of prefill nothing like it was measured" in found.recommendation
+    table = found.check(JUDGED).table.set_index("coefficient")  # type: ignore[union-attr]
+    # The amount beyond what any row has, over all the time: by hand.
+    coefficient = fitted().draws(TARGET).mean[0] * TINY["prefill"].reference
+    most = max(held["prefill_tokens"].max(), traffic(TARGET, 1, 200)["prefill_tokens"].max())
+    beyond = coefficient * (heavy["prefill_tokens"] - most).clip(lower=0).sum()
+    expected = fitted().expected_s(heavy, TARGET).sum()
+    assert table.loc["prefill", "share_of_time_beyond"] == pytest.approx(beyond / expected, rel=1e-6)
 
 
 def test_calibration_rows_alone_speak_against_what_they_miss() -> None:

@@ -13,6 +13,7 @@ from hfdtl_bayes.configuration import ServingConfiguration
 from hfdtl_bayes.errors import InputError
 from hfdtl_bayes.model import LatencyPosterior
 from hfdtl_bayes.transfer.checks import (
+    JUDGED,
     AccuracySettings,
     Check,
     CoverageSettings,
@@ -27,6 +28,7 @@ from hfdtl_bayes.transfer.checks import (
     check_coverage,
     check_errors,
     check_identity,
+    check_judged,
     check_kinship,
     check_lack_of_fit,
     check_reach,
@@ -205,7 +207,8 @@ def verdict(
     calibration_rows : DataFrame, optional
         The rows calibrated on; with them a lack of fit is told from an extrapolation that fails.
     intended_rows : DataFrame, optional
-        Batches of the traffic that is to be predicted, if it is other than the held-out rows. Times are not read.
+        Batches of the traffic that is to be predicted, if it is other than the held-out rows. Times are not read. Where it has much more
+        of a feature than any row at hand, nothing is accepted.
     block_length : int, optional
         As in `evaluate`.
     seed : int
@@ -254,6 +257,8 @@ def _checks(evidence: Evidence, settings: VerdictSettings, seed: int) -> dict[st
         check_coverage(evidence, settings.coverage),
         check_reach(evidence, settings.reach),
     ]
+    if evidence.held_out is not None and evidence.intended is not evidence.held_out:
+        made.append(check_judged(evidence))
     if settings.rmse_limit_s is not None:
         made.append(check_rmse(evidence, settings.accuracy, seed=seed))
     if evidence.posterior.target == evidence.configuration.config_id and evidence.posterior.donors:
@@ -304,6 +309,12 @@ def _decide(checks: dict[str, Check], evidence: Evidence, settings: VerdictSetti
     if status["accuracy"] is Status.CANNOT_SAY:
         return Outcome.CANNOT_SAY, checks["accuracy"].recommendation
     needed = [checks[n] for n in ("accuracy", "coverage", "reach of the calibration", "rmse") if n in checks]
+    other = checks.get(JUDGED)
+    if all(c.passed for c in needed) and other is not None and not other.passed:
+        return (
+            Outcome.CANNOT_SAY,
+            f"The held-out rows are predicted well, but are other traffic than is asked about. {other.recommendation}",
+        )
     if all(c.passed for c in needed):
         said = "The coefficients may be used for traffic like the held-out regimes."
         aside = " They differ from the donors', so these donors would predict this configuration badly without its own rows."

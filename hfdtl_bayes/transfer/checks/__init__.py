@@ -10,9 +10,10 @@ from hfdtl_bayes.transfer.checks.identity import IdentitySettings, check_identit
 from hfdtl_bayes.transfer.checks.kinship import KinshipSettings, check_kinship
 from hfdtl_bayes.transfer.checks.lack_of_fit import LackOfFitSettings, check_lack_of_fit, check_slopes
 from hfdtl_bayes.transfer.checks.more_rows import MoreRows, rows_needed
-from hfdtl_bayes.transfer.checks.reach import ReachSettings, check_reach
+from hfdtl_bayes.transfer.checks.reach import JUDGED, JudgedSettings, ReachSettings, check_judged, check_reach
 
 __all__ = [
+    "JUDGED",
     "AccuracySettings",
     "Check",
     "ConvergenceCheckSettings",
@@ -20,6 +21,7 @@ __all__ = [
     "ErrorSettings",
     "Evidence",
     "IdentitySettings",
+    "JudgedSettings",
     "KinshipSettings",
     "LackOfFitSettings",
     "MoreRows",
@@ -31,6 +33,7 @@ __all__ = [
     "check_coverage",
     "check_errors",
     "check_identity",
+    "check_judged",
     "check_kinship",
     "check_lack_of_fit",
     "check_reach",

@@ -11,14 +11,18 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from hfdtl_bayes.transfer.checks.check import Check, Status
-from hfdtl_bayes.transfer.checks.evidence import Evidence
+from hfdtl_bayes.transfer.checks.evidence import Evidence, Traffic
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+FloatArray = NDArray[np.float64]
+
 NAME = "reach of the calibration"
+JUDGED = "held-out rows like those asked about"
 
 
 @dataclass(frozen=True)
@@ -78,3 +82,40 @@ def check_reach(evidence: Evidence, settings: ReachSettings | None = None) -> Ch
         axes.legend(fontsize=8)
 
     return Check(NAME, status, message, advice, table, draw)
+
+
+@dataclass(frozen=True)
+class JudgedSettings:
+    """How unlike the held-out rows the intended traffic may be."""
+
+    max_unjudged_share: float = 0.10
+    """Share of the time of the rows asked about that comes from larger amounts of a feature than any row at hand has, above which errors
+    measured on the rows at hand say nothing of them: as much as the whole error may be."""
+
+
+def check_judged(evidence: Evidence, settings: JudgedSettings | None = None) -> Check:
+    """Compare the intended traffic, where it is other than the held-out rows, with the rows whose times are known.
+
+    With a_k the most time that feature k has in any held-out or calibration row, a row asked about that spends b_k on it has sum over k of
+    max(b_k - a_k, 0) that nothing was measured of.
+    """
+    settings = settings or JudgedSettings()
+    asked, held = evidence.intended, evidence.held_out
+    if asked is None or held is None:
+        return Check(JUDGED, Status.CANNOT_SAY, "there are no held-out rows, or which traffic is to be predicted is not said")
+
+    def seconds(traffic: Traffic) -> FloatArray:
+        return np.abs(traffic.relative_design * traffic.scale[:, None] * evidence.mean)
+
+    known = seconds(held).max(axis=0)
+    if evidence.calibration is not None:
+        known = np.maximum(known, seconds(evidence.calibration).max(axis=0))
+    beyond = np.maximum(seconds(asked) - known, 0.0)
+    parts = beyond.sum(axis=0) / np.abs(asked.expected).sum()
+    table = pd.DataFrame({"coefficient": evidence.names, "share_of_time_beyond": parts, "largest_known_s": known})
+    share, driver = float(parts.sum()), evidence.names[int(np.argmax(parts))]
+    message = f"{share:.0%} of the time asked about comes from larger amounts of a feature than any row at hand has"
+    if share <= settings.max_unjudged_share:
+        return Check(JUDGED, Status.PASS, message, "", table)
+    advice = f"Hold out some time blocks of the traffic asked about; most of all of {driver} nothing like it was measured."
+    return Check(JUDGED, Status.FAIL, f"{message}, most of all {driver}", advice, table)
