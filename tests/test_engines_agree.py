@@ -59,8 +59,9 @@ def test_engines_agree_at_the_edges(engine: str) -> None:
     # A million rows take the engine of rows a quarter of an hour, and the funnels longer; twenty thousand are among the problems.
     names = [n for n in (*NAMED, *NAMED_SLOW) if engine != "rows" or not (n in FUNNELS or "1e6" in n)]
     found, refused = compared(engine, names)
-    # Rows mix slowly where twenty coefficients hang on one hardware effect; what does not pass its diagnostics is not compared.
-    may_be = {"exact": (), "pymc": FUNNELS, "rows": ("twenty donors on one hardware",)}
+    # PyMC's coordinates mix slowly where twenty donors hang on one hardware effect; what does not pass its diagnostics is not compared.
+    slow = ("twenty donors on one hardware",)
+    may_be = {"exact": (), "pymc": (*FUNNELS, *slow), "rows": slow}
     assert set(refused) <= set(may_be[engine])
     assert passed(found), str(found)
 
