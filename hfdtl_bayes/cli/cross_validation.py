@@ -8,7 +8,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hfdtl_bayes.cli.options import BLOCK_LENGTH, AsJson, BlockLength, PriorsFile, Seed, Store, block_length_of, names_in
+from hfdtl_bayes.cli.options import (
+    BLOCK_LENGTH,
+    AsJson,
+    BlockLength,
+    PriorsFile,
+    Seed,
+    Store,
+    block_length_of,
+    features_with_priors,
+    names_in,
+)
 from hfdtl_bayes.cli.output import check_file, say, show, table_text, write_table, writing
 from hfdtl_bayes.errors import InputError
 
@@ -54,8 +64,6 @@ def cross_validate(
 ) -> None:
     """Refit without each donor, predict it zero-shot and after some of its rows, and tell the expected transfer error."""
     from hfdtl_bayes.cli.traces import WatchedStore, write_rejected  # noqa: PLC0415  (loaded on first use)
-    from hfdtl_bayes.features import feature_set  # noqa: PLC0415
-    from hfdtl_bayes.model.prior_files import read_priors  # noqa: PLC0415
     from hfdtl_bayes.transfer.cross_validation import CrossValidationSettings  # noqa: PLC0415
     from hfdtl_bayes.transfer.cross_validation import cross_validate as run  # noqa: PLC0415
 
@@ -66,8 +74,7 @@ def cross_validate(
     settings = CrossValidationSettings(
         rows=_row_counts(rows), seeds=seeds, unit="row" if single_rows else "block", held_out_fraction=held_out_fraction
     )
-    chosen = feature_set(features, quantity)
-    priors, chosen = read_priors(priors_file, chosen) if priors_file else (None, chosen)
+    priors, chosen = features_with_priors(features, quantity, priors_file)
     watched = WatchedStore(store)
     found = run(
         watched,

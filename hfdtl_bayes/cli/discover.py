@@ -8,7 +8,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hfdtl_bayes.cli.options import BLOCK_LENGTH, AsJson, BlockLength, PriorsFile, Seed, Store, block_length_of, names_in
+from hfdtl_bayes.cli.options import (
+    BLOCK_LENGTH,
+    AsJson,
+    BlockLength,
+    PriorsFile,
+    Seed,
+    Store,
+    block_length_of,
+    features_with_priors,
+    names_in,
+)
 from hfdtl_bayes.cli.output import check_file, plain, say, show, table_text, writing
 from hfdtl_bayes.errors import InputError
 
@@ -45,9 +55,7 @@ def discover(
 ) -> None:
     """Find the residual and interaction terms that a feature set lacks, with what they gain on held-out rows."""
     from hfdtl_bayes.cli.traces import WatchedStore, write_rejected  # noqa: PLC0415  (loaded on first use)
-    from hfdtl_bayes.features import feature_set  # noqa: PLC0415
     from hfdtl_bayes.files import atomic  # noqa: PLC0415
-    from hfdtl_bayes.model.prior_files import read_priors  # noqa: PLC0415
     from hfdtl_bayes.transfer.discovery import discover as look  # noqa: PLC0415
     from hfdtl_bayes.transfer.term_search import DiscoverySettings  # noqa: PLC0415
 
@@ -63,8 +71,7 @@ def discover(
     length = block_length_of(block_length)
     if length == "auto":
         raise InputError("discover compares configurations on blocks of one length; give --block-length a number of steps")
-    chosen = feature_set(features, quantity)
-    priors, chosen = read_priors(priors_file, chosen) if priors_file else (None, chosen)
+    priors, chosen = features_with_priors(features, quantity, priors_file)
     watched = WatchedStore(store)
     found = look(
         watched,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hfdtl_bayes.cli.options import AsJson, PriorsFile, Seed, Store, names_in
+from hfdtl_bayes.cli.options import AsJson, PriorsFile, Seed, Store, features_with_priors, names_in
 from hfdtl_bayes.cli.output import check_file, show, table_text, write_table, writing
 from hfdtl_bayes.errors import InputError
 
@@ -63,8 +63,6 @@ def choose_donors(
     """Rank subsets of donors by the zero-shot error to be expected of targets, and say which donor more would help most."""
     from hfdtl_bayes.cli.traces import WatchedStore, write_rejected  # noqa: PLC0415  (loaded on first use)
     from hfdtl_bayes.configuration import read_configuration  # noqa: PLC0415
-    from hfdtl_bayes.features import feature_set  # noqa: PLC0415
-    from hfdtl_bayes.model.prior_files import read_priors  # noqa: PLC0415
     from hfdtl_bayes.traces import read_steps  # noqa: PLC0415
     from hfdtl_bayes.transfer.donor_choice import rank_donors  # noqa: PLC0415
     from hfdtl_bayes.transfer.donor_search import DonorChoiceSettings  # noqa: PLC0415
@@ -78,8 +76,7 @@ def choose_donors(
     for name in (n for text in targets for n in names_in(text)):
         is_file = name not in watched.config_ids and Path(name).suffix in (".yaml", ".yml")
         wanted.append(read_configuration(name) if is_file else name)
-    chosen = feature_set(features, "step_time")
-    priors, chosen = read_priors(priors_file, chosen) if priors_file else (None, chosen)
+    priors, chosen = features_with_priors(features, "step_time", priors_file)
     batches = {}
     if traffic is not None:
         for target in wanted:

@@ -33,6 +33,7 @@ from hfdtl_bayes.cli.options import (
     TargetAccept,
     Tune,
     block_length_of,
+    features_with_priors,
     names_in,
     sampler_settings,
 )
@@ -83,15 +84,12 @@ def fit(
 ) -> None:
     """Fit the population of configurations to donors with rich traces."""
     from hfdtl_bayes.cli.traces import WatchedStore  # noqa: PLC0415  (loaded on first use)
-    from hfdtl_bayes.features import feature_set  # noqa: PLC0415
-    from hfdtl_bayes.model.prior_files import read_priors  # noqa: PLC0415
     from hfdtl_bayes.transfer import discounts_from, fit_donors  # noqa: PLC0415
 
     check_file(out, (priors_file,))
     steps_per_block = block_length_of(block_length)
     watched = WatchedStore(store)
-    chosen = feature_set(features, quantity)
-    priors, chosen = read_priors(priors_file, chosen) if priors_file else (None, chosen)
+    priors, chosen = features_with_priors(features, quantity, priors_file)
     names = names_in(donors)
     shares = discounts_from(discounts, [watched.configuration(d) for d in names]) if discounts else {}
     posterior = fit_donors(

@@ -10,7 +10,8 @@ import typer
 from hfdtl_bayes.errors import InputError
 
 if TYPE_CHECKING:
-    from hfdtl_bayes.model import SamplerSettings
+    from hfdtl_bayes.features import FeatureSet
+    from hfdtl_bayes.model import PriorSettings, SamplerSettings
 
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of every random draw; the same seed gives the same result.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout, and nothing else there.")]
@@ -115,3 +116,12 @@ def sampler_settings(draws: int, tune: int, chains: int, target_accept: float) -
 def names_in(text: str | None) -> list[str]:
     """Split a comma-separated list, dropping blanks around names and empty names."""
     return [name.strip() for name in (text or "").split(",") if name.strip()]
+
+
+def features_with_priors(features: str, quantity: str, priors_file: Path | None) -> tuple[PriorSettings | None, FeatureSet]:
+    """Return the priors of a file and the feature set with its ranges; None and the set as it is without a file."""
+    from hfdtl_bayes.features import feature_set  # noqa: PLC0415  (loaded on first use)
+    from hfdtl_bayes.model.prior_files import read_priors  # noqa: PLC0415
+
+    chosen = feature_set(features, quantity)
+    return read_priors(priors_file, chosen) if priors_file else (None, chosen)

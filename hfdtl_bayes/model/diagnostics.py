@@ -113,16 +113,8 @@ class Convergence:
         )
 
 
-def convergence(tree: xr.DataTree, settings: ConvergenceSettings | None = None) -> Convergence:
-    """Compute the worst R-hat, effective sample sizes and divergences of a posterior.
-
-    Parameters
-    ----------
-    tree : DataTree
-        With groups `posterior` and `sample_stats`.
-    settings : ConvergenceSettings, optional
-    """
-    settings = settings or ConvergenceSettings()
+def mixing(tree: xr.DataTree) -> tuple[float, float, float]:
+    """Return the worst R-hat, bulk ESS and tail ESS over all parameters: what `convergence` spends its time on."""
     posterior = tree["posterior"].to_dataset()
 
     def worst(dataset: xr.Dataset, largest: bool) -> float:
@@ -134,6 +126,24 @@ def convergence(tree: xr.DataTree, settings: ConvergenceSettings | None = None) 
         rhat = worst(arviz_stats.rhat(posterior), True)
         bulk = worst(arviz_stats.ess(posterior, method="bulk"), False)
         tail = worst(arviz_stats.ess(posterior, method="tail"), False)
+    return rhat, bulk, tail
+
+
+def convergence(
+    tree: xr.DataTree, settings: ConvergenceSettings | None = None, mixed: tuple[float, float, float] | None = None
+) -> Convergence:
+    """Compute the worst R-hat, effective sample sizes and divergences of a posterior.
+
+    Parameters
+    ----------
+    tree : DataTree
+        With groups `posterior` and `sample_stats`.
+    settings : ConvergenceSettings, optional
+    mixed : tuple of float, optional
+        What `mixing` returned for these draws, where it is known.
+    """
+    settings = settings or ConvergenceSettings()
+    rhat, bulk, tail = mixing(tree) if mixed is None else mixed
     diverging = tree["sample_stats"]["diverging"]
     divergences, draws = int(diverging.sum()), int(diverging.size)
     effective = bulk >= settings.min_ess and tail >= settings.min_ess

@@ -62,6 +62,10 @@ def _t(matrix: FloatArray) -> FloatArray:
     return np.swapaxes(matrix, -1, -2)
 
 
+POPULATIONS = ("sigma_typical", "sigma_spread", "omega_typical", "omega_spread")
+"""Names of the populations of noise and drift, in the order in which `ExactDensity.join` takes them."""
+
+
 @dataclass(frozen=True)
 class Information:
     """The statistics of C configurations as Gram matrices per stratum, around a first fit of each.

@@ -22,15 +22,13 @@ from numpy.typing import NDArray
 
 from hfdtl_bayes.model.conditional import ConditionalSettings, Conditioned, resampled, smoothed
 from hfdtl_bayes.model.diagnostics import Reweighting, effective_share
-from hfdtl_bayes.model.exact import ExactDensity
+from hfdtl_bayes.model.exact import POPULATIONS, ExactDensity
 from hfdtl_bayes.model.layout import posterior_tree
 from hfdtl_bayes.model.new_configuration import move_scales
 from hfdtl_bayes.model.posterior import LatencyPosterior
 from hfdtl_bayes.model.sampling import SamplerRun, SamplerSettings
 
 FloatArray = NDArray[np.float64]
-
-_POPULATIONS = ("sigma_typical", "sigma_spread", "omega_typical", "omega_spread")
 
 
 def reweighted_without(
@@ -56,7 +54,7 @@ def reweighted_without(
     priors = posterior.priors.discounts_of([s.config_id for s in statistics])
     less = replace(posterior, priors=priors, statistics=tuple(statistics), seed=seed)
     density = ExactDensity(statistics, posterior.feature_set, priors)
-    names = ("tau", "hardware_share", "sigma", "omega", *_POPULATIONS)
+    names = ("tau", "hardware_share", "sigma", "omega", *POPULATIONS)
     tau, share, sigma, omega, *populations = (posterior.draws_of(n) for n in names)
     x = ExactDensity(posterior.statistics, posterior.feature_set, posterior.priors)
     log_all = x.log_density(x.join(tau, share, sigma, omega, populations))[0]

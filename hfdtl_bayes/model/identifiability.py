@@ -35,7 +35,7 @@ from scipy.linalg import eigh
 
 from hfdtl_bayes.configuration import ServingConfiguration
 from hfdtl_bayes.features import FeatureSet
-from hfdtl_bayes.model.exact import ExactDensity, population_loading
+from hfdtl_bayes.model.exact import POPULATIONS, ExactDensity, population_loading
 from hfdtl_bayes.model.posterior import LatencyPosterior
 from hfdtl_bayes.model.priors import PriorSettings, deviation_scale, population_mean, population_sd
 from hfdtl_bayes.statistics import config_to_constant
@@ -182,8 +182,7 @@ def drawn_coordinates(
     chosen : ndarray of int, shape (S,)
         Draws.
     """
-    names = ("sigma_typical", "sigma_spread", "omega_typical", "omega_spread")
-    tau, share, *populations = (posterior.draws_of(n)[chosen] for n in ("tau", "hardware_share", *names))
+    tau, share, *populations = (posterior.draws_of(n)[chosen] for n in ("tau", "hardware_share", *POPULATIONS))
     sigma, omega = (posterior.draws_of(n)[chosen][:, fitted] for n in ("sigma", "omega"))
     return density.join(tau, share, sigma, omega, populations)
 

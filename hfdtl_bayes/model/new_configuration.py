@@ -14,7 +14,7 @@ from hfdtl_bayes.errors import InputError
 from hfdtl_bayes.model.diagnostics import Convergence
 from hfdtl_bayes.model.error_grid import ErrorPrior
 from hfdtl_bayes.model.error_population import ErrorPopulation
-from hfdtl_bayes.model.exact import ExactDensity, Information, population_loading
+from hfdtl_bayes.model.exact import POPULATIONS, ExactDensity, Information, population_loading
 from hfdtl_bayes.model.layout import hardware_index
 from hfdtl_bayes.model.posterior import LatencyPosterior
 from hfdtl_bayes.model.priors import deviation_scale
@@ -29,7 +29,6 @@ GAUSSIAN_ENGINES = ("exact", "pymc", "conditional", "reweighted")
 
 _AT_ONCE = 250
 """Draws eliminated at once: the arrays of more do not stay in the processor's cache, and each takes twice as long."""
-_POPULATIONS = ("sigma_typical", "sigma_spread", "omega_typical", "omega_spread")
 
 
 def why_not_conditional(donors: LatencyPosterior) -> str | None:
@@ -167,13 +166,13 @@ class NewConfiguration:
         length = len(own["tau"]) // self.chains
         every = np.arange(len(own["tau"])).reshape(self.chains, length)[:, : length - length % stride : stride]
         parent = np.repeat(every.ravel(), copies)
-        scales = {n: own[n][parent] for n in ("tau", "hardware_share", "sigma", "omega", *_POPULATIONS)}
+        scales = {n: own[n][parent] for n in ("tau", "hardware_share", "sigma", "omega", *POPULATIONS)}
         if copies > 1:
             coefficients = {n: own[n][parent] for n in ("beta", "gamma", "delta", "hardware_effect", "theta") if n in own}
             rng = np.random.default_rng([self.donors.seed, 11, copies])
             moved = move_scales(scales | coefficients, self.donors.statistics, self.donors, rng)
             scales = {n: moved[n] for n in scales}
-        populations = [scales[n] for n in _POPULATIONS]
+        populations = [scales[n] for n in POPULATIONS]
         x = self.density.join(scales["tau"], scales["hardware_share"], scales["sigma"], scales["omega"], populations)
         parts = [self.density.predictive(few, self.configuration) for few in _in_parts(x)]
         mean, covariance = (np.concatenate(each) for each in zip(*parts, strict=True))

@@ -7,6 +7,7 @@ import os
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from hfdtl_bayes.configuration import ServingConfiguration
 from hfdtl_bayes.errors import HfdtlError, InputError, MissingInputError, PosteriorFileError, StatisticsError, UnknownNameError
 from hfdtl_bayes.features import FeatureSet, PriorRange, feature_set, fingerprint, fingerprint_differences
 from hfdtl_bayes.files import atomic
-from hfdtl_bayes.model.diagnostics import Convergence, ConvergenceSettings, convergence
+from hfdtl_bayes.model.diagnostics import Convergence, ConvergenceSettings, convergence, mixing
 from hfdtl_bayes.model.draws import Draws
 from hfdtl_bayes.model.exact_engine import sample_exact
 from hfdtl_bayes.model.layout import check_posterior, hardware_names, in_order
@@ -133,7 +134,12 @@ class LatencyPosterior:
 
     def convergence(self, settings: ConvergenceSettings | None = None) -> Convergence:
         """Return the sampler's diagnostics, judged by `settings`."""
-        return convergence(self.tree, settings)
+        return convergence(self.tree, settings, self._mixing)
+
+    @cached_property
+    def _mixing(self) -> tuple[float, float, float]:
+        # Half a second, asked for by calibration, verdict and command line alike; draws are never changed in place.
+        return mixing(self.tree)
 
     def configuration(self, config_id: str) -> ServingConfiguration:
         """Return a fitted configuration.

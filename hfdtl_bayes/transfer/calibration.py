@@ -256,6 +256,35 @@ def calibrate(
         statistics = [r.statistics for r in every]
         fitted = fit(statistics, donors.feature_set, donors.priors, settings, rows=every, **sampler)
         return replace(fitted, calibration_rows=chosen.index)
+    return calibrate_by_statistics(
+        donors,
+        rows,
+        configuration,
+        block_length=block_length,
+        outlier_cutoff=outlier_cutoff,
+        engine=engine,
+        settings=settings,
+        seed=seed,
+        show_progress=show_progress,
+    )
+
+
+def calibrate_by_statistics(
+    donors: LatencyPosterior,
+    rows: pd.DataFrame,
+    configuration: ServingConfiguration,
+    *,
+    block_length: int | Literal["auto"] = DEFAULT_BLOCK_LENGTH,
+    outlier_cutoff: float | None = None,
+    engine: str = "auto",
+    settings: SamplerSettings | None = None,
+    seed: int = 0,
+    show_progress: bool = True,
+) -> LatencyPosterior:
+    """Calibrate a target from the statistics of its usable rows, however few: what `calibrate` does once it has judged the rows.
+
+    Parameters and result are those of `calibrate`; engines are those of `calibrate_statistics`.
+    """
     cutoff = donors.donor_statistics[0].scaling.cutoff if outlier_cutoff is None else outlier_cutoff
     own = statistics_from_rows(rows, configuration, donors.feature_set, block_length=block_length, outlier_cutoff=cutoff)
     fitted = calibrate_statistics(donors, own, engine=engine, settings=settings, seed=seed, show_progress=show_progress)

@@ -19,7 +19,7 @@ from scipy.optimize import brentq
 from scipy.stats import chi2, ncx2
 
 from hfdtl_bayes.errors import InputError
-from hfdtl_bayes.model import ExactDensity, LatencyPosterior, own_information
+from hfdtl_bayes.model import ExactDensity, LatencyPosterior, drawn_coordinates, own_information
 
 FloatArray = NDArray[np.float64]
 
@@ -84,18 +84,9 @@ def population_conflict(posterior: LatencyPosterior, *, draws: int = 200, level:
         raise InputError("a conflict check needs donors and a target; this posterior holds " + ", ".join(posterior.config_ids))
     target = posterior.config_ids.index(posterior.target)
     others = [i for i in range(len(posterior.config_ids)) if i != target]
-    tau = posterior.draws_of("tau")
-    chosen = np.unique(np.linspace(0, len(tau) - 1, draws).astype(int))
-    population = ("sigma_typical", "sigma_spread", "omega_typical", "omega_spread")
+    chosen = np.unique(np.linspace(0, len(posterior.draws_of("tau")) - 1, draws).astype(int))
     density = ExactDensity(posterior.donor_statistics, posterior.feature_set, posterior.priors)
-    sigma, omega = posterior.draws_of("sigma")[chosen], posterior.draws_of("omega")[chosen]
-    x = density.join(
-        tau[chosen],
-        posterior.draws_of("hardware_share")[chosen],
-        sigma[:, others],
-        omega[:, others],
-        [posterior.draws_of(n)[chosen] for n in population],
-    )
+    x = drawn_coordinates(posterior, density, others, chosen)
     mean, covariance = density.predictive(x, posterior.configuration(posterior.target))
     information, vector = own_information(posterior, target, chosen, mean)
     root = np.linalg.cholesky(covariance)

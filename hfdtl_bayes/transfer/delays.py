@@ -14,7 +14,7 @@ and those outside W as nothing. What the rule gets wrong has no place in that in
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -25,10 +25,8 @@ from hfdtl_bayes.errors import InputError
 from hfdtl_bayes.features import FeatureSet, response
 from hfdtl_bayes.model import LatencyPosterior, SamplerSettings
 from hfdtl_bayes.model.draws import Draws
-from hfdtl_bayes.statistics import DEFAULT_BLOCK_LENGTH, statistics_from_rows
 from hfdtl_bayes.traces import drop_warmup, time_blocks
-from hfdtl_bayes.transfer.calibration import usable_rows
-from hfdtl_bayes.transfer.conditioning import calibrate_statistics
+from hfdtl_bayes.transfer.calibration import calibrate_by_statistics, usable_rows
 from hfdtl_bayes.transfer.crps import crps
 from hfdtl_bayes.transfer.evaluation import fitted_block_length, percentage_errors
 
@@ -193,10 +191,9 @@ def calibrate_delays(
             f"none of the {len(requests)} requests of {configuration.config_id!r} {why}, so they say nothing of its "
             f"{features.quantity}; record some at a load near capacity, or predict it zero-shot from the donors"
         )
-    cutoff = donors.donor_statistics[0].scaling.cutoff
-    own = statistics_from_rows(rows, configuration, features, block_length=DEFAULT_BLOCK_LENGTH, outlier_cutoff=cutoff)
-    fitted = calibrate_statistics(donors, own, engine=engine, settings=settings, seed=seed, show_progress=show_progress)
-    return replace(fitted, calibration_rows=rows.index.to_numpy(dtype=np.int64))
+    return calibrate_by_statistics(
+        donors, rows, configuration, engine=engine, settings=settings, seed=seed, show_progress=show_progress
+    )
 
 
 def score_delays(

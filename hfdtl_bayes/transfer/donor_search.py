@@ -20,6 +20,7 @@ from hfdtl_bayes.configuration import ServingConfiguration
 from hfdtl_bayes.errors import InputError
 from hfdtl_bayes.features import FeatureSet, operating_points
 from hfdtl_bayes.model import ExactDensity, PriorSettings, SamplerSettings, fit
+from hfdtl_bayes.model.exact import POPULATIONS
 from hfdtl_bayes.statistics import DEFAULT_BLOCK_LENGTH, ConfigStatistics, statistics_from_rows
 from hfdtl_bayes.transfer.donor_information import DonorInformation, DonorScales, TargetTraffic
 
@@ -218,7 +219,7 @@ def _scales(
     total = len(fitted.draws_of("tau"))
     at = np.unique(np.linspace(0, total - 1, min(settings.scale_draws, total)).round().astype(int))
     tau, share, sigma, omega = (fitted.draws_of(n)[at] for n in ("tau", "hardware_share", "sigma", "omega"))
-    populations = [fitted.draws_of(n)[at] for n in ("sigma_typical", "sigma_spread", "omega_typical", "omega_spread")]
+    populations = [fitted.draws_of(n)[at] for n in POPULATIONS]
     return DonorScales(tau, share, sigma, omega), populations
 
 

@@ -17,13 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hfdtl_bayes.errors import InputError
-from hfdtl_bayes.model import ExactDensity, LatencyPosterior
+from hfdtl_bayes.model import ExactDensity, LatencyPosterior, drawn_coordinates
 from hfdtl_bayes.statistics import ConfigStatistics
-from hfdtl_bayes.transfer.scores import marginal_log_density
+from hfdtl_bayes.transfer.scores import log_mean, marginal_log_density
 
 FloatArray = NDArray[np.float64]
-
-_POPULATIONS = ("sigma_typical", "sigma_spread", "omega_typical", "omega_spread")
 
 DEFAULT_DRAWS = 1000
 """Draws that the density is averaged over, evenly spaced."""
@@ -64,20 +62,14 @@ def held_out_score(posterior: LatencyPosterior, held_out: ConfigStatistics, *, d
     chosen = np.unique(np.linspace(0, total - 1, min(draws, total)).astype(int))
     of_donors = [c for c, s in enumerate(posterior.statistics) if s is not own]
     target = posterior.statistics.index(own)
-    sigmas, omegas = (posterior.draws_of(n)[chosen] for n in ("sigma", "omega"))
     donors = ExactDensity(posterior.donor_statistics, posterior.feature_set, posterior.priors)
-    tau, share = (posterior.draws_of(n)[chosen] for n in ("tau", "hardware_share"))
-    populations = [posterior.draws_of(n)[chosen] for n in _POPULATIONS]
-    x = donors.join(tau, share, sigmas[:, of_donors], omegas[:, of_donors], populations)
-    mean, covariance = donors.predictive(x, own.configuration)
+    mean, covariance = donors.predictive(drawn_coordinates(posterior, donors, of_donors, chosen), own.configuration)
     with np.errstate(divide="ignore"):
-        log_sigma, log_omega = np.log(sigmas[:, target]), np.log(omegas[:, target])
+        log_sigma, log_omega = (np.log(posterior.draws_of(n)[chosen, target]) for n in ("sigma", "omega"))
     mean, covariance = _given_rows(posterior, own, mean, covariance, log_sigma, log_omega)
     info = ExactDensity([held_out], posterior.feature_set, posterior.priors).info
-    logs = marginal_log_density(info, mean, covariance, log_sigma, log_omega)
-    weights = np.exp(logs - logs.max())
-    error = float(weights.std() / weights.mean() / np.sqrt(len(weights)))
-    return float(logs.max() + np.log(weights.mean()) - held_out.log_scale_sum), error
+    score, error = log_mean(marginal_log_density(info, mean, covariance, log_sigma, log_omega))
+    return score - held_out.log_scale_sum, error
 
 
 def _given_rows(

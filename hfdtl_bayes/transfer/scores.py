@@ -20,7 +20,7 @@ from scipy.special import logsumexp
 
 from hfdtl_bayes.errors import InputError
 from hfdtl_bayes.features import FeatureSet
-from hfdtl_bayes.model import ExactDensity, LatencyPosterior, PriorSettings, SamplerSettings, fit
+from hfdtl_bayes.model import ExactDensity, LatencyPosterior, PriorSettings, SamplerSettings, drawn_coordinates, fit
 from hfdtl_bayes.model.error_grid import ErrorPrior, propose
 from hfdtl_bayes.model.exact import Information
 from hfdtl_bayes.model.likelihoods import SHAPES, log_density, ordinary_weights
@@ -311,6 +311,13 @@ def marginal_log_density(
     return np.asarray(-0.5 * logs)
 
 
+def log_mean(logs: FloatArray) -> tuple[float, float]:
+    """Return the log of the mean of densities given by their logs, shape (S,), and its Monte Carlo standard error."""
+    weights = np.exp(logs - logs.max())
+    error = float(weights.std() / weights.mean() / np.sqrt(len(weights)))
+    return float(logs.max() + np.log(weights.mean())), error
+
+
 def left_out_score(donors: LatencyPosterior, left_out: ConfigStatistics, *, seed: int = 0) -> tuple[float, float]:
     """Return the joint log density in seconds of a configuration's rows given donors that do not know it.
 
@@ -340,11 +347,9 @@ def left_out_score(donors: LatencyPosterior, left_out: ConfigStatistics, *, seed
     if donors.likelihood != "gaussian":
         raise InputError(f"errors are {donors.likelihood}; only Gaussian ones can be integrated out of a whole configuration")
     density = ExactDensity(donors.statistics, donors.feature_set, donors.priors)
-    tau = donors.draws_of("tau")
-    names = ("sigma_typical", "sigma_spread", "omega_typical", "omega_spread")
-    populations = [donors.draws_of(n) for n in names]
-    share, sigmas, omegas = (donors.draws_of(n) for n in ("hardware_share", "sigma", "omega"))
-    mean, covariance = density.predictive(density.join(tau, share, sigmas, omegas, populations), left_out.configuration)
+    sigmas, omegas = (donors.draws_of(n) for n in ("sigma", "omega"))
+    x = drawn_coordinates(donors, density, range(len(donors.config_ids)), np.arange(len(sigmas)))
+    mean, covariance = density.predictive(x, left_out.configuration)
     drift = donors.priors.drift is not None
     own = ExactDensity([left_out], donors.feature_set, donors.priors).info
     if not drift:
@@ -362,9 +367,8 @@ def left_out_score(donors: LatencyPosterior, left_out: ConfigStatistics, *, seed
     multiplier = float(own.multiplier[0, own.count[0].argmax()])
     at = propose(likely, prior, start, multiplier, np.random.default_rng([seed, 9]))
     logs = at.log_prior - at.log_proposal + marginal_log_density(own, mean, covariance, at.log_sigma, at.log_omega)
-    weights = np.exp(logs - logs.max())
-    error = float(weights.std() / weights.mean() / np.sqrt(len(weights)))
-    return float(logs.max() + np.log(weights.mean()) - left_out.log_scale_sum), error
+    score, error = log_mean(logs)
+    return score - left_out.log_scale_sum, error
 
 
 def leave_one_configuration_out(
