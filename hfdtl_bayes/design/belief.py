@@ -91,10 +91,10 @@ class Belief:
         """Return e of a further row of blocks with so many rows chosen, shape (..., S)."""
         return np.asarray(self.sigma**2 * (1.0 + self.weight_on_block(chosen)))
 
-    def after(self, design: FloatArray, blocks: IntArray) -> FloatArray:
-        """Return the covariance W, shape (S, K, K), in whitened coordinates, after rows measured all at once.
+    def information(self, design: FloatArray, blocks: IntArray) -> FloatArray:
+        """Return what rows measured all at once tell of the coefficients over `scale`, shape (S, K, K).
 
-        From their information, sum over blocks (sum x x' - rho_m (sum x)(sum x)') / sigma^2: no update is involved.
+        sum over blocks (sum x x' - rho_m (sum x)(sum x)') / sigma^2: no update is involved. That of rows in other blocks adds.
 
         Parameters
         ----------
@@ -109,9 +109,16 @@ class Belief:
         for m in np.unique(sizes):
             own = sums[sizes == m]
             information -= self.weight_on_block(int(m))[:, None, None] * (own.T @ own)
-        information /= (self.sigma**2)[:, None, None]
+        return np.asarray(information / (self.sigma**2)[:, None, None])
+
+    def given(self, information: FloatArray) -> FloatArray:
+        """Return the covariance W, shape (..., S, K, K), in whitened coordinates, given information of the same shape."""
         whitened = np.swapaxes(self.factor, 1, 2) @ information @ self.factor
-        return np.linalg.inv(np.eye(design.shape[1]) + 0.5 * (whitened + np.swapaxes(whitened, 1, 2)))
+        return np.linalg.inv(np.eye(self.factor.shape[2]) + 0.5 * (whitened + np.swapaxes(whitened, -1, -2)))
+
+    def after(self, design: FloatArray, blocks: IntArray) -> FloatArray:
+        """Return the covariance W, shape (S, K, K), in whitened coordinates, after rows measured all at once."""
+        return self.given(self.information(design, blocks))
 
 
 def belief_of(
