@@ -378,6 +378,11 @@ class Scheduler:
     # What came of it.
 
     @property
+    def now_s(self) -> float:
+        """The clock: while a step time is asked for, when the step starts."""
+        return self._now / self._ticks
+
+    @property
     def sent(self) -> int:
         """Number of requests sent."""
         return len(self._journeys)

@@ -6,11 +6,12 @@ run, and stated in the cheapest form that gives the same numbers there:
 
 1. affine in the columns of a batch: all of these together are one dot product;
 2. g(tokens) + h(requests) of the step's totals: a table of each, filled by the feature itself;
-3. anything else: the feature itself on a table of one row, remembered by the values of the columns it reads.
+3. affine in the other columns for given tokens and requests of both phases: intercept and slopes are remembered by these four counts;
+4. anything else: the feature itself on a table of one row, remembered by the values of the columns it reads.
 
-Whether a form gives the same numbers is tested against the feature set, to a relative 1e-9, on those batches, and once more
-by `replay` on all the steps it has made (`StepTimeFunction.check`); a formula that is none of these everywhere is refused there, and
-`exact=True` evaluates every feature in form 3.
+Whether a form gives the same numbers is tested on those batches, and the time of every step that `replay` has made is compared
+with the feature set's own, to a relative 1e-9 (`StepTimeFunction.check`). A formula that changes its form where it was not
+probed is refused there; `exact=True` evaluates every feature in form 4.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from numpy.typing import NDArray
 from hfdtl_bayes.configuration import ServingConfiguration, weight_loading_floor_s
 from hfdtl_bayes.errors import InputError
 from hfdtl_bayes.features import Feature, FeatureSet
+from hfdtl_bayes.features.sharing import shared_columns
 from hfdtl_bayes.model import LatencyPosterior
 from hfdtl_bayes.replay.batch import Batch
 
@@ -38,6 +40,8 @@ coefficients may ask for them where its configuration has not been measured."""
 _PROBES = 4096
 _MOST_REMEMBERED = 200_000
 _COLUMNS = Batch._fields
+_COUNTS = 4
+"""The first columns of a batch: tokens and requests of both phases."""
 
 
 @dataclass(frozen=True)
@@ -217,6 +221,7 @@ class _Compiled:
         self.by_tokens = np.zeros(self.most_tokens + 1)
         self.by_requests = np.zeros(self.most_requests + 1)
         self.tabled = False
+        self.by_counts: list[tuple[Feature, float]] = []
         self.others: list[tuple[Feature, float]] = []
         used = [(f, w) for f, w in zip(features, weights, strict=True) if w]
         if exact:
@@ -226,8 +231,10 @@ class _Compiled:
         frame = _frame(rows)
         for feature, weight in used:
             values = np.array(feature.compute(frame, configuration), dtype=float)
-            if not (self._affine(values, rows, weight) or self._tables(feature, values, rows, weight)):
-                self.others.append((feature, weight))
+            if self._affine(values, rows, weight) or self._tables(feature, values, rows, weight):
+                continue
+            given_counts = self._affine_given_counts(feature, values, rows)
+            (self.by_counts if given_counts else self.others).append((feature, weight))
 
     def _affine(self, values: FloatArray, rows: FloatArray, weight: float) -> bool:
         scale = np.abs(rows).max(axis=0) + (rows == 0).all(axis=0)
@@ -263,12 +270,26 @@ class _Compiled:
         self.tabled = True
         return True
 
+    def _affine_given_counts(self, feature: Feature, values: FloatArray, rows: FloatArray) -> bool:
+        """Return whether the other columns add up, and half of them all does half as much."""
+
+        def computed(kept: FloatArray) -> FloatArray:
+            changed = rows.copy()
+            changed[:, _COUNTS:] *= kept
+            return np.array(feature.compute(_frame(changed), self.configuration), dtype=float)
+
+        others = len(_COLUMNS) - _COUNTS
+        nothing = computed(np.zeros(others))
+        added = sum((computed(alone) - nothing for alone in np.eye(others)), nothing)
+        return _same(added, values) and _same(2.0 * computed(np.full(others, 0.5)) - nothing, values)
+
     def evaluator(self) -> Callable[[Batch], float]:
         constant, active = self.constant, [int(k) for k in np.flatnonzero(self.slopes)]
         slopes = [float(self.slopes[k]) for k in active]
         pairs = list(zip(active, slopes, strict=True))
         by_tokens, by_requests, tabled = self.by_tokens.tolist(), self.by_requests.tolist(), self.tabled
-        others = [_remembered(f, w, self.configuration) for f, w in self.others]
+        others = [_remembered_by_counts(self.by_counts, self.configuration)] if self.by_counts else []
+        others += [_remembered(f, w, self.configuration) for f, w in self.others]
 
         def evaluate(batch: Batch) -> float:
             total = constant
@@ -281,6 +302,41 @@ class _Compiled:
             return total
 
         return evaluate
+
+
+def _remembered_by_counts(
+    features: Sequence[tuple[Feature, float]], configuration: ServingConfiguration
+) -> Callable[[Batch], float]:
+    """Return the sum of features that are affine in what is not a count, with its intercept and slopes remembered by the counts."""
+    sizes = probe_batches(configuration)[:, _COUNTS:].max(axis=0)
+    sizes[sizes == 0] = 1.0
+    found: dict[tuple[float, ...], list[tuple[int, float]]] = {}
+    intercepts: dict[tuple[float, ...], float] = {}
+
+    def evaluate(batch: Batch) -> float:
+        key = batch[:_COUNTS]
+        slopes = found.get(key)
+        if slopes is None:
+            if len(found) >= _MOST_REMEMBERED:
+                found.clear()
+                intercepts.clear()
+            rows = np.zeros((len(sizes) + 1, len(_COLUMNS)))
+            rows[:, :_COUNTS] = key
+            rows[1:, _COUNTS:] = np.diag(sizes)
+            frame = _frame(rows)
+            with shared_columns(frame):
+                values = sum(w * np.asarray(f.compute(frame, configuration), dtype=float) for f, w in features) + np.zeros(
+                    len(rows)
+                )
+            intercepts[key] = float(values[0])
+            own = (values[1:] - values[0]) / sizes
+            slopes = found[key] = [(_COUNTS + int(k), float(own[k])) for k in np.flatnonzero(own)]
+        total = intercepts[key]
+        for k, slope in slopes:
+            total += slope * batch[k]
+        return total
+
+    return evaluate
 
 
 def _remembered(feature: Feature, weight: float, configuration: ServingConfiguration) -> Callable[[Batch], float]:
