@@ -151,6 +151,13 @@ def test_shared_prefix_is_computed_once_and_held_once():
     assert off.requests["cached_tokens"].tolist() == [0, 0, 0]
 
 
+def test_a_prompt_that_is_all_prefix_still_computes_its_last_block():
+    own = with_knobs(max_num_batched_tokens=256, kv_capacity_tokens=1616.0, prefix_caching=True, chunked_prefill=True)
+    run = replay(requests([0, 5], [32, 32], [1, 1], shared_prefix_tokens=np.array([32, 32])), own, one_second)
+    assert run.requests["cached_tokens"].tolist() == [0, 16]
+    assert run.steps["prefill_tokens"].tolist() == [32, 16]
+
+
 def test_recorded_cache_hits_are_taken_as_they_are():
     own = with_knobs(prefix_caching=True, max_num_batched_tokens=256)
     run = replay(requests([0, 0], [50, 48], [2, 2], cached_tokens=np.array([32, 48])), own, one_second)

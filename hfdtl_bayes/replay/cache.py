@@ -3,7 +3,8 @@
 Only counts are kept, no block tables. Blocks of a shared prefix count once while any running request uses them. When the last one
 leaves they stay findable in the free list, behind the blocks free by then, until so many blocks have been taken from it that it is
 their turn; the end of the prefix goes first, as in vLLM. What other prefixes take back out of the list meanwhile is not followed, nor
-are blocks that requests share otherwise (a preempted request finds nothing of itself again but the prefix).
+are blocks that requests share otherwise (a preempted request finds nothing of itself again but the prefix; the last block of a prompt
+that is nothing but prefix is computed anew and then taken for the prefix's).
 """
 
 from __future__ import annotations

@@ -4,7 +4,8 @@ Each step takes running requests first, one token for each that decodes and the 
 waiting ones in the order of their arrival while slots (max_num_seqs), tokens (max_num_batched_tokens) and blocks of the KV cache
 last. A prompt that does not fit in the rest of the budget is cut, or waits where chunked prefill is off; nothing behind it passes it.
 When a decoding request needs a block and there is none, the request that came last is preempted: it gives all its blocks back and
-waits, in front of the others, to compute its prompt and its output so far anew; no waiting request is taken in such a step.
+waits, in front of the others, to compute its prompt and its output so far anew; no waiting request is taken in such a step. What is
+computed anew counts as prefill here; vLLM 0.32 reports it as generated tokens.
 
 The cost of a step does not depend on the size of its batch. Since every decoding request gains one token in every step, it is known
 when it joins in which step it ends (`_ending`) and in which steps it needs a block (every `block_tokens` steps, `_needing`), and
@@ -15,6 +16,7 @@ it has taken the rest of a budget, so nothing was taken after it.
 from __future__ import annotations
 
 import heapq
+import math
 from collections import deque
 from dataclasses import dataclass
 
@@ -266,8 +268,6 @@ class Scheduler:
                 self._preempt(last)
                 if last == i:
                     return True
-            if i not in self._running:  # pragma: no cover - the last of the running requests is never before i
-                return True
             cache.take(1)
         return preempted
 
@@ -344,7 +344,7 @@ class Scheduler:
                 self._shared_blocks[i] = found
             cache.take(cache.blocks_for(cached + tokens) - found)
             journey = self._journeys[i]
-            if journey.scheduled != journey.scheduled:
+            if math.isnan(journey.scheduled):
                 journey.scheduled, journey.cached = self._now, cached
             self._running[i] = None
             self._compute(i, cached, tokens, chunks)
