@@ -26,7 +26,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "statistics": {"features", "traces"},
     "model": {"statistics", "features"},
     "transfer": {"model", "statistics", "features"},
-    "design": {"transfer", "model", "features"},
+    "design": {"replay", "transfer", "model", "features"},
     "replay": {"model", "configuration"},
     "export": {"transfer", "model", "features"},
     "report": {"export", "replay", "design", "transfer"},

@@ -82,7 +82,7 @@ class Ratio:
         return float(self.total.sum() / self.count.sum())
 
 
-def _log_sd(total: FloatArray, count: FloatArray, groups: list[NDArray[np.int64]]) -> FloatArray:
+def ratio_log_sd(total: FloatArray, count: FloatArray, groups: list[NDArray[np.int64]]) -> FloatArray:
     """Return the sd of the log of ratio estimates, by linearisation within strata, shape (resamples,); leading dimension resamples."""
     ratio = total.sum(axis=-1) / count.sum(axis=-1)
     residual = total - ratio[..., None] * count
@@ -121,7 +121,7 @@ def probability_ratio_below(ratio: Ratio, limit: float, resamples: int, seed: in
     if not ratio.value > 0:
         return float(limit > 0)
     groups = _strata(ratio)
-    sd = max(float(_log_sd(ratio.total[None], ratio.count[None], groups)[0]), least_log_sd)
+    sd = max(float(ratio_log_sd(ratio.total[None], ratio.count[None], groups)[0]), least_log_sd)
     if not sd > 0:
         return float(ratio.value < limit)
     statistic = (np.log(limit) - np.log(ratio.value)) / sd
@@ -135,7 +135,7 @@ def probability_ratio_below(ratio: Ratio, limit: float, resamples: int, seed: in
         places.append(np.arange(at, at + len(own)))
         at += len(own)
     total, count = ratio.total[index], ratio.count[index]
-    spread = np.maximum(_log_sd(total, count, places), least_log_sd)
+    spread = np.maximum(ratio_log_sd(total, count, places), least_log_sd)
     with np.errstate(divide="ignore", invalid="ignore"):
         pivot = (np.log(total.sum(axis=1) / count.sum(axis=1)) - np.log(ratio.value)) / spread
     # The estimate lies below the truth as resamples lie below the estimate: P(truth < limit) = P(-pivot* < statistic).
@@ -227,7 +227,7 @@ def blocks_needed(ratio: Ratio, limit: float, probability: float, most: int = 10
     """Return how many blocks like these would show the error to be below the limit; None if it is not, or within `most`."""
     if not 0 < ratio.value < limit:
         return None
-    sd = float(_log_sd(ratio.total[None], ratio.count[None], [np.arange(ratio.blocks)])[0]) * np.sqrt(ratio.blocks)
+    sd = float(ratio_log_sd(ratio.total[None], ratio.count[None], [np.arange(ratio.blocks)])[0]) * np.sqrt(ratio.blocks)
     gap = np.log(limit / ratio.value)
     for n in range(ratio.blocks + 1, most):
         if gap / (sd / np.sqrt(n)) >= t.ppf(probability, n - 2):
