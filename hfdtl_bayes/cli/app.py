@@ -21,6 +21,7 @@ from hfdtl_bayes.cli.output import say, show
 from hfdtl_bayes.cli.predict import predict
 from hfdtl_bayes.cli.priors import priors
 from hfdtl_bayes.cli.reduction import merge, statistics
+from hfdtl_bayes.cli.select import select
 from hfdtl_bayes.cli.sensitivity import sensitivity
 from hfdtl_bayes.cli.verdict import verdict
 from hfdtl_bayes.errors import HfdtlError, RejectedRowsWarning
@@ -100,6 +101,7 @@ def demo(
 
 app.command()(fit)
 app.command()(calibrate)
+app.command()(select)
 app.command()(predict)
 app.command()(verdict)
 app.command()(cross_validate)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -25,7 +26,7 @@ _KV_BINS = 4
 
 _STORED = 2**28
 """Bytes of products of features that are kept between picks; for more candidates they are formed again each time."""
-_CHUNK = 8192
+_CHUNK = 4096
 """Candidates evaluated at once, so that their arrays stay in the processor's cache."""
 
 
@@ -55,36 +56,35 @@ class Candidates:
     taken: IntArray
 
     @cached_property
-    def pairs(self) -> tuple[IntArray, IntArray]:
+    def _pairs(self) -> tuple[IntArray, IntArray]:
         """Indices of the upper triangle of a K by K matrix."""
         return np.triu_indices(self.design.shape[1])
 
     @cached_property
     def _products(self) -> FloatArray | None:
-        i, j = self.pairs
+        i, j = self._pairs
         if len(self.design) * len(i) * 8 > _STORED:
             return None
         return np.asarray(self.design[:, i] * self.design[:, j])
 
-    def quadratic_forms(self, matrices: FloatArray) -> FloatArray:
-        """Return x' A x of every row for each of Q symmetric matrices, shape (n, Q).
+    def quadratic_forms(self, matrices: FloatArray) -> Iterator[tuple[slice, FloatArray]]:
+        """Yield x' A x of all rows for each of Q symmetric matrices part by part: which rows, and the forms, shape (rows, Q).
 
-        As one matrix product of the products of features: a BLAS call where other ways are bound by memory.
+        Each part is one matrix product with the products of features, which runs at the processor's speed where other ways run at the
+        memory's. The array is overwritten by the next part.
 
         Parameters
         ----------
         matrices : ndarray, shape (Q, K, K)
         """
-        i, j = self.pairs
-        flat = (matrices[:, i, j] * np.where(i == j, 1.0, 2.0)).T
-        products = self._products
-        if products is not None:
-            return np.asarray(products @ flat)
-        out = np.empty((len(self.design), len(matrices)))
-        for start in range(0, len(out), _CHUNK):
-            own = self.design[start : start + _CHUNK]
-            out[start : start + _CHUNK] = (own[:, i] * own[:, j]) @ flat
-        return out
+        i, j = self._pairs
+        flat = np.ascontiguousarray((matrices[:, i, j] * np.where(i == j, 1.0, 2.0)).T)
+        kept, out = self._products, np.empty((_CHUNK, len(matrices)))
+        for start in range(0, len(self.design), _CHUNK):
+            part = slice(start, min(start + _CHUNK, len(self.design)))
+            own = self.design[part]
+            products = own[:, i] * own[:, j] if kept is None else kept[part]
+            yield part, np.matmul(products, flat, out=out[: len(own)])
 
 
 def relative_design(
@@ -181,7 +181,7 @@ def candidates_of(
         if bad.any():
             row = int(np.argmax(bad))
             raise InputError(
-                f"column {cost!r} must hold positive seconds, found {pool[cost].iloc[row]!r} in row {pool.index[row]} "
+                f"column {cost!r} must hold positive seconds, found {pool[cost].iloc[row]} in row {pool.index[row]} "
                 f"({int(bad.sum())} such row(s))"
             )
     bins = coverage_bins(pool)

@@ -124,6 +124,11 @@ class Knowledge:
     def effective(self, rows: IntArray) -> tuple[FloatArray, FloatArray]:
         """Return design, shape (S, r, K), and noise variance, shape (r, S), of rows given the others chosen in their blocks."""
         own = self._block[rows]
+        if not self._counts[own].any():
+            design = np.broadcast_to(
+                self.candidates.design[rows], (self.belief.draws, len(rows), self.candidates.design.shape[1])
+            )
+            return design, np.broadcast_to(self.belief.noise_variance(0), (len(rows), self.belief.draws))
         weight = self.belief.weight_on_block(self._counts[own])
         design = self.candidates.design[rows] - weight.T[:, :, None] * self._sums[own]
         return design, self.belief.noise_variance(self._counts[own])
@@ -225,19 +230,20 @@ class _Gains:
         elif self.rule is Acquisition.EPIG:
             weight = self.mix.weights[:, None] / self.mix_variance
             forms.append(m @ np.einsum("js,jk,jl->skl", weight, self.mix.design, self.mix.design, optimize=True) @ m)
-        found = self.knowledge.candidates.quadratic_forms(np.concatenate(forms))
-        variance, noise = found[:, :draws], self.knowledge.belief.noise_variance(0)
-        exact = np.ones(len(found), dtype=bool)
-        if self.rule is Acquisition.INFORMATION:
-            values = information_gain(variance, noise)
-        elif self.rule is Acquisition.VARIANCE:
-            values = np.asarray(variance.mean(axis=1))
-        elif self.rule is Acquisition.DEPLOYMENT:
-            values = variance_reduction(found[:, draws:], variance, noise)
-        else:
-            share = (1.0 - noise / self.mix_variance).max(axis=0)
-            values = predictive_information_bound(found[:, draws:] / (noise + variance), variance, noise, share)
-            exact[:] = False
+        noise = self.knowledge.belief.noise_variance(0)
+        values = np.empty(len(self.knowledge.candidates.design))
+        for part, found in self.knowledge.candidates.quadratic_forms(np.concatenate(forms)):
+            variance = found[:, :draws]
+            if self.rule is Acquisition.INFORMATION:
+                values[part] = information_gain(variance, noise)
+            elif self.rule is Acquisition.VARIANCE:
+                values[part] = variance.mean(axis=1)
+            elif self.rule is Acquisition.DEPLOYMENT:
+                values[part] = variance_reduction(found[:, draws:], variance, noise)
+            else:
+                share = (1.0 - noise / self.mix_variance).max(axis=0)
+                values[part] = predictive_information_bound(found[:, draws:] / (noise + variance), variance, noise, share)
+        exact = np.full(len(values), self.rule is not Acquisition.EPIG)
         touched = self.knowledge.touched
         if len(touched):
             values[touched], exact[touched] = self.of(touched), True
@@ -248,6 +254,7 @@ def _best(
     bound: FloatArray, exact: BoolArray, of: Callable[[IntArray], FloatArray], allowed: BoolArray, cost_s: FloatArray | None
 ) -> int:
     """Return the allowed row of the largest gain, or gain per second; bounds that were looked into become gains in place."""
+    looked_at = _LOOKED_AT
     while True:
         value = bound if cost_s is None else bound / cost_s
         value = np.where(allowed, value, -np.inf)
@@ -256,9 +263,18 @@ def _best(
         open_rows = np.flatnonzero(reach & ~exact & allowed)
         if not len(open_rows):
             return int(np.argmax(reach & allowed))
-        if len(open_rows) > _LOOKED_AT:
-            open_rows = open_rows[np.argpartition(-value[open_rows], _LOOKED_AT)[:_LOOKED_AT]]
+        if len(open_rows) > looked_at:
+            open_rows = open_rows[np.argpartition(-value[open_rows], looked_at)[:looked_at]]
+            # Where bounds say little, many rows need a look, and looking for them costs as much as looking at them.
+            looked_at *= 2
         bound[open_rows], exact[open_rows] = of(open_rows), True
+
+
+def unmet(candidates: Candidates, per_bin: int) -> IntArray:
+    """Return how many rows each bin lacks of `per_bin`, or of all it holds if these are fewer; rows taken already count."""
+    held = np.bincount(candidates.bins)
+    done = np.bincount(candidates.bins[candidates.taken], minlength=len(held))
+    return np.asarray(np.maximum(np.minimum(per_bin, held) - done, 0))
 
 
 class _Limits:
@@ -269,9 +285,7 @@ class _Limits:
         self.left[candidates.taken] = False
         self.cost_s, self.bins, self.rules = candidates.cost_s, candidates.bins, rules
         self.picks, self.seconds = rules.budget, rules.budget_s
-        held = np.bincount(self.bins)
-        done = np.bincount(self.bins[candidates.taken], minlength=len(held))
-        self.unmet = np.maximum(np.minimum(rules.per_bin, held) - done, 0)
+        self.unmet = unmet(candidates, rules.per_bin)
 
     def allowed(self) -> BoolArray:
         """Return which rows may be picked: affordable, and of a bin still unmet where all picks left are needed for those."""
@@ -300,7 +314,7 @@ def fixed_order(rule: Acquisition, candidates: Candidates, residuals: FloatArray
     starts = np.r_[0, np.cumsum(np.bincount(candidates.bins))[:-1]]
     turn = np.empty(len(order))
     turn[order] = np.arange(len(order)) - starts[candidates.bins[order]]
-    return -turn * len(order) + at_random
+    return np.asarray(-turn * len(order) + at_random)
 
 
 def choose(

@@ -15,7 +15,7 @@ from hfdtl_bayes.configuration import ServingConfiguration
 from hfdtl_bayes.design.acquisition import Acquisition
 from hfdtl_bayes.design.belief import DEFAULT_DRAWS, Belief, belief_of
 from hfdtl_bayes.design.candidates import BIN_COLUMNS, Candidates, candidates_of, coverage_bins, relative_design
-from hfdtl_bayes.design.greedy import DeploymentMix, Rules, choose
+from hfdtl_bayes.design.greedy import DeploymentMix, Rules, choose, unmet
 from hfdtl_bayes.errors import InputError, UnknownNameError
 from hfdtl_bayes.features import response
 from hfdtl_bayes.files import atomic
@@ -39,14 +39,14 @@ class SelectionSettings:
 
     draws: int = DEFAULT_DRAWS
     """Draws of the scales that gains are averaged over."""
-    mix_rows: int = 256
+    mix_rows: int = 128
     """Rows of the deployment mix that EPIG and the expected errors are computed for, evenly spaced; the variance removed is of all."""
     per_bin: int = 0
     """Rows wanted of each occupied bin of queue depth and KV usage, where it holds so many; 0 asks for none."""
     block_length: int = DEFAULT_BLOCK_LENGTH
     """Steps that share a drift of the machine's speed."""
-    smallest_reach: float = 0.01
-    """Share of the deployment mix's variance that all rows of the pool together must be able to remove; less is no pool for that mix."""
+    max_unreachable: float = 0.99
+    """Share of the deployment mix's variance that may be of what no row of the pool has anything of; above it no choice helps."""
 
     def __post_init__(self) -> None:
         """Refuse settings that mean nothing.
@@ -59,8 +59,8 @@ class SelectionSettings:
         for name, least in (("draws", 1), ("mix_rows", 1), ("per_bin", 0), ("block_length", 1)):
             if getattr(self, name) < least:
                 raise InputError(f"{name} must be at least {least}, found {getattr(self, name)}")
-        if not 0 <= self.smallest_reach < 1:
-            raise InputError(f"smallest_reach must be a share from 0 to below 1, found {self.smallest_reach}")
+        if not 0 < self.max_unreachable <= 1:
+            raise InputError(f"max_unreachable must be a share above 0 and up to 1, found {self.max_unreachable}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,8 +145,8 @@ class Selection:
         """Return one sentence for a person."""
         return (
             f"{len(self)} rows of {self.config_id} chosen by {self.acquisition}, {self.cost_s.sum():.3g} s of GPU time: expected error "
-            f"of the deployment mix {self.expected_mape[0]:.2%} before, {self.expected_mape[-1]:.2%} after (noise and misfit not counted); sd "
-            f"{self.expected_sd[-1]:.2%}, {self.pool_sd:.2%} were all rows measured"
+            f"of the deployment mix {self.expected_mape[0]:.2%} before, {self.expected_mape[-1]:.2%} after (noise and misfit not counted); "
+            f"sd {self.expected_sd[-1]:.2%}, {self.pool_sd:.2%} were all rows measured"
         )
 
 
@@ -298,30 +298,30 @@ def _reach(belief: Belief, candidates: Candidates, mix: DeploymentMix, settings:
     Raises
     ------
     InputError
-        If the pool can remove next to none of the variance.
+        If next to all of the variance is out of the pool's reach.
     """
     factor = belief.factor
 
     def left(whitened: FloatArray) -> float:
         return mix.mean_square(factor @ whitened @ np.swapaxes(factor, 1, 2))
 
-    before = mix.mean_square(factor @ np.swapaxes(factor, 1, 2))
-    after = left(belief.after(candidates.design, candidates.blocks))
+    before = left(np.eye(factor.shape[1]))
     if not before > 0:
         raise InputError(
             f"nothing of the deployment mix of {belief.config_id!r} is uncertain, so there is nothing to choose rows for"
-        )
-    if 1.0 - after / before < settings.smallest_reach:
-        raise InputError(
-            f"the deployment mix lies outside what the pool of {belief.config_id!r} can measure: all its {len(candidates.design)} rows "
-            f"together would remove {1 - after / before:.2%} of the mix's variance. Give a pool with traffic more like it, or deploy on what "
-            "can be measured"
         )
     # Measured without end, rows leave only the directions that none of them has anything of.
     seen = np.swapaxes(factor, 1, 2) @ (candidates.design.T @ candidates.design) @ factor
     values, vectors = np.linalg.eigh(0.5 * (seen + np.swapaxes(seen, 1, 2)))
     unseen = vectors * (values <= _NOTHING * values.max(axis=1, keepdims=True))[:, None, :]
-    return float(np.sqrt(after)), left(unseen @ np.swapaxes(unseen, 1, 2)) / before
+    unreachable = left(unseen @ np.swapaxes(unseen, 1, 2)) / before
+    if unreachable > settings.max_unreachable:
+        raise InputError(
+            f"the deployment mix lies outside what the pool of {belief.config_id!r} can measure: {unreachable:.1%} of the variance of its "
+            f"expected times is of what none of the {len(candidates.design)} rows has anything of, and at most "
+            f"{settings.max_unreachable:.1%} may be (max_unreachable). Give a pool with traffic more like the mix"
+        )
+    return float(np.sqrt(left(belief.after(candidates.design, candidates.blocks)))), unreachable
 
 
 def _rules(
@@ -349,7 +349,7 @@ def _rules(
             f"rows are stratified over {' and '.join(BIN_COLUMNS)}, and the pool has neither without gaps; add one, or "
             f"{'leave per_bin at 0' if settings.per_bin else 'choose at random'}"
         )
-    needed = int(np.minimum(settings.per_bin, np.bincount(candidates.bins)).sum()) - len(candidates.taken)
+    needed = int(unmet(candidates, settings.per_bin).sum())
     if settings.per_bin and budget is not None and needed > budget:
         raise InputError(
             f"{settings.per_bin} row(s) of each of {len(np.unique(candidates.bins))} occupied bins of {' and '.join(BIN_COLUMNS)} are more "
