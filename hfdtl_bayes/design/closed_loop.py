@@ -31,7 +31,7 @@ from hfdtl_bayes.design.segments import (
     deployment_aim,
     feature_seconds,
     judging_rows,
-    segment_effect,
+    segment_effects,
 )
 from hfdtl_bayes.design.stopping import AcceptanceSettings, JudgedBlocks
 from hfdtl_bayes.errors import InputError
@@ -227,5 +227,5 @@ class ClosedLoop:
     ) -> SegmentPath:
         """Choose among segments; parameters and errors as `choose_segments`."""
         found = self.expectations()
-        effects = [segment_effect(self.posterior, c, self.configuration, found.belief, self.settings) for c in candidates]
+        effects = segment_effects(self.posterior, candidates, self.configuration, found.belief, self.settings)
         return choose_segments(found, effects, self.settings, budget_s=budget_s, repeat=repeat, stop=stop)

@@ -38,6 +38,8 @@ IntArray = NDArray[np.int64]
 MEAN_ABSOLUTE = float(np.sqrt(2.0 / np.pi))
 """Mean absolute value of a standard normal."""
 
+EMPTY = "there is no traffic to choose from; give a grid with at least one rate or concurrency, prompt, output and duration"
+
 _TRUSTED_SHARE = 0.5
 """Of the unjudged share that a verdict tolerates, what a plan leaves: coefficients move, and with them the shares of time."""
 
@@ -204,25 +206,44 @@ class SegmentEffect:
     cost_s: float
 
 
-def segment_effect(
-    posterior: LatencyPosterior, segment: Segment, configuration: ServingConfiguration, belief: Belief, settings: SegmentSettings
-) -> SegmentEffect:
-    """Return what a segment would bring.
+def segment_effects(
+    posterior: LatencyPosterior,
+    segments: Sequence[Segment],
+    configuration: ServingConfiguration,
+    belief: Belief,
+    settings: SegmentSettings,
+) -> list[SegmentEffect]:
+    """Return what each segment would bring.
 
     Raises
     ------
     InputError
-        If it has no steps, or the features do not describe one.
+        If there are none, one has no steps, or the features do not describe a step.
     """
-    design, _ = relative_design(posterior, segment.steps, configuration, belief.scale, f"segment {segment.name!r}")
-    blocks = time_blocks(segment.steps, settings.block_length)
-    judges = judging_rows(segment.steps, settings)
-    return SegmentEffect(
-        belief.information(design[~judges], blocks[~judges]),
-        feature_seconds(posterior, segment.steps, configuration).max(axis=0),
-        PlannedBlocks(design[judges], blocks[judges], np.full(int(judges.sum()), segment.name, dtype=object)),
-        segment.cost_s,
-    )
+    if not segments:
+        raise InputError(EMPTY)
+    for segment in segments:
+        if segment.steps.empty:
+            raise InputError(f"segment {segment.name!r} has no steps; leave it out")
+    # All at once: features and the posterior's mean have a cost per call.
+    joined = pd.concat([s.steps for s in segments], ignore_index=True)
+    designs, _ = relative_design(posterior, joined, configuration, belief.scale, "the traffic")
+    seconds = feature_seconds(posterior, joined, configuration)
+    made, at = [], 0
+    for segment in segments:
+        own = slice(at, at + len(segment.steps))
+        at += len(segment.steps)
+        design, blocks = designs[own], time_blocks(segment.steps, settings.block_length)
+        judges = judging_rows(segment.steps, settings)
+        made.append(
+            SegmentEffect(
+                belief.information(design[~judges], blocks[~judges]),
+                seconds[own].max(axis=0),
+                PlannedBlocks(design[judges], blocks[judges], np.full(int(judges.sum()), segment.name, dtype=object)),
+                segment.cost_s,
+            )
+        )
+    return made
 
 
 @dataclass(frozen=True, eq=False)
@@ -371,7 +392,7 @@ def choose_segments(
         If there is no candidate, the budget is below the cheapest one, or all of them together tell next to nothing of the mix.
     """
     if not effects:
-        raise InputError("the grid of traffic is empty; give at least one rate or concurrency, prompt, output and duration")
+        raise InputError(EMPTY)
     cost = np.array([e.cost_s for e in effects])
     if cost.min() > budget_s:
         raise InputError(

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from hfdtl_bayes.configuration import ServingConfiguration
 from hfdtl_bayes.design.closed_loop import expectations_of
-from hfdtl_bayes.design.segments import SegmentEffect, SegmentSettings, Standing, choose_segments, segment_effect
+from hfdtl_bayes.design.segments import SegmentEffect, SegmentSettings, Standing, choose_segments, segment_effects
 from hfdtl_bayes.design.stopping import AcceptanceSettings
 from hfdtl_bayes.design.traffic_grid import ReplayedPoint, TrafficGrid, TrafficPoint, replayed_points
 from hfdtl_bayes.errors import InputError
@@ -287,11 +287,13 @@ def plan_traffic(
         seed=seed,
     )
     replayed = replayed_points(points, configuration, step_time_function(posterior, configuration), seed=seed)
-    effects = [segment_effect(posterior, r.segment, configuration, expectations.belief, settings) for r in replayed]
+    effects = segment_effects(posterior, [r.segment for r in replayed], configuration, expectations.belief, settings)
     for draw in range(1, replays):
         faster = step_time_function(posterior, configuration, draw=_spread(draw, replays, posterior), seed=seed)
         again = {r.point: r for r in replayed_points(points, configuration, faster, seed=seed)}
-        more = [segment_effect(posterior, again[r.point].segment, configuration, expectations.belief, settings) for r in replayed]
+        # A draw may send nothing of a point within its duration; then the mean's replay stands for it.
+        segments = [again.get(r.point, r).segment for r in replayed]
+        more = segment_effects(posterior, segments, configuration, expectations.belief, settings)
         effects = [_running_mean(e, m, draw) for e, m in zip(effects, more, strict=True)]
     budget_s = float("inf") if budget_minutes is None else 60.0 * budget_minutes
     path = choose_segments(expectations, effects, settings, budget_s=budget_s)
