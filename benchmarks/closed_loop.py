@@ -93,7 +93,7 @@ def report(found: pd.DataFrame, limit: float) -> None:
     sooner = (found["planned_s"] < found["random_s"]) & found["accepted"]
     above = {name: int((found[name] > 100 * limit).sum()) for name in ("mape", "random_worst_mape")}
     lines = [
-        f"\n{len(found)} targets: planned traffic accepted on {found['accepted'].sum()}, random on {found['random_accepted'].mean():.0%} of runs",
+        f"\n{len(found)} targets: planned accepted on {found['accepted'].sum()}, random in {found['random_accepted'].mean():.0%} of runs",
         f"fewer GPU seconds than the median random order on {sooner.sum()} of {len(found)} ({sooner.mean():.0%}), than a single one in "
         f"{found['wins'].mean():.0%} of pairs",
         f"GPU seconds to the end, median over targets: {found['planned_s'].median():.2f} planned, {found['random_s'].median():.2f} random; "

@@ -15,9 +15,12 @@ from hfdtl_bayes.cli.donor_choice import choose_donors
 from hfdtl_bayes.cli.donors import combine, forget, promote
 from hfdtl_bayes.cli.export import export
 from hfdtl_bayes.cli.fit import calibrate, fit
+from hfdtl_bayes.cli.follow import follow
+from hfdtl_bayes.cli.ingest import ingest
 from hfdtl_bayes.cli.inspection import inspect
 from hfdtl_bayes.cli.options import AsJson, Seed
 from hfdtl_bayes.cli.output import say, show
+from hfdtl_bayes.cli.plan import plan
 from hfdtl_bayes.cli.predict import predict
 from hfdtl_bayes.cli.priors import priors
 from hfdtl_bayes.cli.reduction import merge, statistics
@@ -99,6 +102,7 @@ def demo(
         print_demo(result, Console())
 
 
+app.command()(ingest)
 app.command()(fit)
 app.command()(calibrate)
 app.command()(select)
@@ -107,6 +111,8 @@ app.command()(verdict)
 app.command()(cross_validate)
 app.command()(choose_donors)
 app.command()(discover)
+app.command()(plan)
+app.command()(follow)
 app.command()(export)
 app.command()(inspect)
 app.command()(priors)

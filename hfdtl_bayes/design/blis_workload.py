@@ -25,7 +25,7 @@ from hfdtl_bayes.errors import InputError
 from hfdtl_bayes.files import atomic
 from hfdtl_bayes.replay import Lengths
 
-_TABLE = 256
+_TABLE = 64
 """Lengths in an empirical table at most; of a wider range, evenly spaced quantiles."""
 
 _SPEC_KEYS = {"version", "seed", "category", "aggregate_rate", "num_requests", "clients"}

@@ -140,7 +140,8 @@ class DeploymentAim:
     def unjudged(self, known_s: FloatArray) -> FloatArray:
         """Return the share of the mix's time beyond the largest times known of each coefficient, shape (...) for (..., K)."""
         beyond = np.maximum(self.seconds - known_s[..., None, :], 0.0).sum(axis=-1)
-        return np.asarray(beyond @ self.weights / self.total_s)
+        # Coefficients may be negative, and then their times add up to more than a row takes.
+        return np.asarray(np.minimum(beyond @ self.weights / self.total_s, 1.0))
 
     def median_sd(self, covariance: FloatArray) -> float:
         """Return the median over the mix of the relative sd of the expected value, averaged over draws: the reach of a calibration."""

@@ -224,6 +224,7 @@ def plan_traffic(
     configuration: ServingConfiguration,
     deployment: Deployment,
     *,
+    weights: Sequence[float] | FloatArray | None = None,
     grid: TrafficGrid | None = None,
     budget_minutes: float | None = None,
     measured: pd.DataFrame | None = None,
@@ -243,6 +244,8 @@ def plan_traffic(
         The target's.
     deployment : DataFrame, Traffic, or sequence of (Traffic, weight)
         What is to be predicted: steps (times not needed), or traffic that is replayed.
+    weights : array, shape (J,), optional
+        Of each step where `deployment` is steps; equal by default.
     grid : TrafficGrid, optional
         `TrafficGrid.for_engine` by default.
     budget_minutes : float, optional
@@ -274,12 +277,14 @@ def plan_traffic(
         raise InputError(f"replays must be at least 1, found {replays}")
     settings, acceptance = settings or SegmentSettings(), acceptance or AcceptanceSettings()
     points, left_out = (grid or TrafficGrid.for_engine(configuration)).points(configuration)
-    steps, weights = deployment_steps(posterior, configuration, deployment, seed=seed)
+    steps, shares = deployment_steps(posterior, configuration, deployment, seed=seed)
+    if weights is not None and not isinstance(deployment, pd.DataFrame):
+        raise InputError("weights are of the steps of a deployment mix; of traffic they stand beside each, as (traffic, weight)")
     expectations = expectations_of(
         posterior,
         configuration,
         steps,
-        weights=weights,
+        weights=shares if weights is None else weights,
         measured=measured,
         held_out=held_out,
         settings=settings,
