@@ -1,15 +1,39 @@
 """Exports for BLIS, checked before they are written."""
 
-from hfdtl_bayes.export.blis import blis_vectors, idle_api_delay_s
-from hfdtl_bayes.export.files import blis_flags, blis_hardware_config, blis_yaml, parse_blis_yaml, write_text
+from hfdtl_bayes.export.alpha import idle_api_delay_s, queueing_alpha_s
+from hfdtl_bayes.export.blis import blis_vectors
+from hfdtl_bayes.export.files import (
+    FileVectors,
+    blis_flags,
+    blis_hardware_config,
+    blis_yaml,
+    parse_blis_file,
+    parse_blis_yaml,
+    write_text,
+)
+from hfdtl_bayes.export.older_backends import BACKENDS, BLACKBOX, CROSSMODEL
 from hfdtl_bayes.export.step_time import blis_step_time_us
-from hfdtl_bayes.export.vectors import ALPHA_LABELS, BETA_LABELS, BlisVectors, ExportSettings, check_vectors
+from hfdtl_bayes.export.vectors import (
+    ALPHA_LABELS,
+    BETA_LABELS,
+    TRAINED_PHYSICS,
+    Backend,
+    BlisVectors,
+    ExportSettings,
+    check_vectors,
+)
 
 __all__ = [
     "ALPHA_LABELS",
+    "BACKENDS",
     "BETA_LABELS",
+    "BLACKBOX",
+    "CROSSMODEL",
+    "TRAINED_PHYSICS",
+    "Backend",
     "BlisVectors",
     "ExportSettings",
+    "FileVectors",
     "blis_flags",
     "blis_hardware_config",
     "blis_step_time_us",
@@ -17,6 +41,8 @@ __all__ = [
     "blis_yaml",
     "check_vectors",
     "idle_api_delay_s",
+    "parse_blis_file",
     "parse_blis_yaml",
+    "queueing_alpha_s",
     "write_text",
 ]

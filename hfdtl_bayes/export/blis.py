@@ -1,77 +1,38 @@
-"""BLIS coefficient vectors for its trained-physics backend, from a posterior of step times.
+"""BLIS coefficient vectors from a posterior of step times.
 
-Within one configuration BLIS's eleven basis functions span six directions (weights, layers and the constant are all
+Within one configuration the eleven basis functions of trained-physics span six directions (weights, layers and the constant are all
 constants there), so the coefficients of those constants are not told apart: all of it goes into the per-step term b7, and
 b3, b5 and b8 are zero. A vector is therefore valid for its configuration only, where it gives the same step times.
 
-A posterior of feature set `blis-physics` is exported as it is; only coefficients with a negative posterior mean are brought
-to zero, the others refitted in the posterior's own metric. Any other posterior is projected: the non-negative coefficients
-whose step times are closest, in relative terms, to the posterior mean over the configuration's traffic. What that loses is
-stated, and refused above a limit.
+A posterior of the backend's own basis (`blis-physics` for trained-physics) is exported as it is; only coefficients with a negative
+posterior mean are brought to zero, the others refitted in the posterior's own metric. Any other posterior is projected: the
+non-negative coefficients whose step times are closest to the posterior mean over the configuration's traffic. Closest in relative terms,
+because errors are relative: it is the Kullback-Leibler projection of the posterior's predictive onto BLIS's model (Piironen & Vehtari
+2017, doi:10.1007/s11222-016-9649-y). What that loses is stated, and refused above a limit.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from hfdtl_bayes.configuration import ServingConfiguration
+from hfdtl_bayes.configuration import ServingConfiguration, weight_loading_floor_s
 from hfdtl_bayes.errors import ExportError
 from hfdtl_bayes.export.projection import closest_in_metric, closest_predictions
-from hfdtl_bayes.export.vectors import (
-    BETA_LABELS,
-    FEATURE_OF_BETA,
-    IN_MICROSECONDS,
-    MICRO,
-    BlisVectors,
-    ExportSettings,
-    check_vectors,
-)
-from hfdtl_bayes.features import FeatureSet, feature_set, operating_points
+from hfdtl_bayes.export.vectors import MICRO, TRAINED_PHYSICS, Backend, BlisVectors, ExportSettings, check_vectors
+from hfdtl_bayes.features import operating_points
 from hfdtl_bayes.model import LatencyPosterior
 from hfdtl_bayes.statistics import own_prior
 
 FloatArray = NDArray[np.float64]
 
-_FEWEST_IDLE = 5
-"""Requests that found the engine idle below which their median says little."""
-
-
-def idle_api_delay_s(requests: pd.DataFrame) -> float | None:
-    """Return the median of queued - arrival over requests that found the engine idle, in seconds.
-
-    This is BLIS's alpha0. The plain mean of queued - arrival contains the wait for the running step, which BLIS simulates
-    itself, and would count it twice. So would an `api_delay` posterior asked about an empty queue: no trace column says how
-    much of the running step was left, and its constant takes the mean of that up (10 to 40 ms on recorded engines whose idle
-    delay is 1 to 4 ms). That is why alpha0 is taken from the requests themselves.
-
-    A request found the engine idle if nothing ran or waited when it was queued; where the trace does not say, if every
-    earlier request had finished when it arrived.
-
-    Parameters
-    ----------
-    requests : DataFrame
-        Rows of a request trace.
-
-    Returns
-    -------
-    float or None
-        None if arrivals are not recorded, idleness cannot be told, or fewer than five requests found the engine idle.
-    """
-    if not {"arrival_s", "queued_s"} <= set(requests.columns):
-        return None
-    if {"running_requests", "waiting_requests"} <= set(requests.columns):
-        idle = (requests["running_requests"] == 0) & (requests["waiting_requests"] == 0)
-    elif "finished_s" in requests.columns:
-        requests = requests.sort_values("arrival_s")
-        # A request that never finished keeps the engine busy for all we know.
-        busy_until = requests["finished_s"].fillna(np.inf).cummax().shift(fill_value=-np.inf)
-        idle = requests["arrival_s"] > busy_until
-    else:
-        return None
-    delay = (requests["queued_s"] - requests["arrival_s"])[idle].dropna()
-    return float(max(delay.median(), 0.0)) if len(delay) >= _FEWEST_IDLE else None
+FLOOR_SHARE = 0.5
+"""Steps below this share of the time to read the weights are impossible: where single draws of a wide posterior ask for them, they are
+exported as this long. The replay and the validation of traces draw the same line."""
 
 
 def blis_vectors(
@@ -80,6 +41,8 @@ def blis_vectors(
     traffic: pd.DataFrame | None = None,
     *,
     alpha0_s: float = 0.0,
+    alpha_us: tuple[float, float, float] | None = None,
+    backend: Backend = TRAINED_PHYSICS,
     settings: ExportSettings | None = None,
     seed: int = 0,
 ) -> BlisVectors:
@@ -96,6 +59,10 @@ def blis_vectors(
         traffic, that grid decides only what the traffic leaves open.
     alpha0_s : float
         Idle delay from arrival to queue, seconds; see `idle_api_delay_s`.
+    alpha_us : tuple of float, optional
+        All three alphas in BLIS's microseconds, in the place of `alpha0_s`. Mind that a1 is per request in trained-physics and per input
+        token in the older backends; see `queueing_alpha_s`.
+    backend : Backend
     settings : ExportSettings, optional
     seed : int
         For a configuration never seen.
@@ -113,68 +80,185 @@ def blis_vectors(
     InputError
         If a column of the traffic is missing or not finite.
     """
-    settings = settings or ExportSettings()
-    if posterior.feature_set.quantity != "step_time":
-        raise ExportError(
-            f"BLIS betas are step times, this posterior is of {posterior.feature_set.quantity}; fit --quantity step_time"
-        )
-    grid = operating_points(configuration)
-    frame = grid if traffic is None else traffic
-    if frame.empty:
-        raise ExportError(f"no traffic to export {configuration.config_id!r} for; give at least one batch, or none at all")
-    theta = posterior.draws(configuration, seed).theta
-    own = posterior.feature_set.design(frame, configuration)
-    mean = own @ theta.mean(axis=0)
-    if not (np.isfinite(mean).all() and (mean > 0).all()):
-        raise ExportError(
-            f"the posterior mean of {configuration.config_id!r} is not positive in {int((~(mean > 0)).sum())} of {len(frame)} "
-            "batches; calibrate on more rows, or export for traffic like that calibrated on (--traffic)"
-        )
-    basis = feature_set("blis-physics")
-    design = basis.design(frame, configuration)
-    # A term that is zero in every batch (communication at tp = 1) is not informed, and not exported.
-    used = (np.abs(basis.design(grid, configuration)) > 0).any(axis=0) | (np.abs(design) > 0).any(axis=0)
-    if posterior.feature_set is basis:
-        weights, free = closest_in_metric(theta[:, used].mean(axis=0), np.cov(theta[:, used], rowvar=False))
-    else:
-        parts = [(design[:, used], mean, 1.0)]
-        if traffic is not None:
-            far = posterior.feature_set.design(grid, configuration) @ theta.mean(axis=0)
-            sane = far > 0
-            parts.append((basis.design(grid[sane], configuration)[:, used], far[sane], settings.outside_weight))
-        prior_mean, prior_sd = own_prior(basis, configuration)
-        weights, free = closest_predictions(parts, prior_mean[used], prior_sd[used], settings.tie_breaker)
-    coefficients = np.zeros(len(used))
-    coefficients[used] = weights
-    negative = np.zeros(len(used), dtype=bool)
-    negative[used] = (free < 0) & (weights <= 0)
-    difference = np.abs(design @ coefficients / mean - 1)
-    sd = np.sqrt(np.maximum(np.einsum("ij,jk,ik->i", own, np.atleast_2d(np.cov(theta, rowvar=False)), own), 0.0))
-    vectors = BlisVectors(
-        configuration=configuration,
-        alpha=(alpha0_s * MICRO, 0.0, 0.0),
-        beta=_in_blis_units(coefficients, basis, 11 if configuration.engine.data_parallel > 1 else 10),
-        projection_error=float(difference.mean()),
-        worst_projection_error=float(difference.max()),
-        clipped=tuple(n for n in BETA_LABELS if FEATURE_OF_BETA[n] in set(np.array(basis.coef_names)[negative])),
-        rows=len(frame),
-        posterior_sd=float((sd / mean).mean()),
-        notes=_notes(configuration),
-    )
+    projector = Projector.of(posterior, configuration, traffic, backend=backend, settings=settings, seed=seed)
+    vectors = projector.vectors(posterior.draws(configuration, seed).mean, alpha_us or (alpha0_s * MICRO, 0.0, 0.0))
     check_vectors(vectors, settings)
     return vectors
 
 
-def _in_blis_units(coefficients: FloatArray, basis: FeatureSet, length: int) -> tuple[float, ...]:
-    physical = dict(zip(basis.coef_names, coefficients * basis.references, strict=True))
-    return tuple(
-        float(physical.get(FEATURE_OF_BETA[label], 0.0)) * (MICRO if label in IN_MICROSECONDS else 1.0)
-        for label in BETA_LABELS[:length]
-    )
+@dataclass(frozen=True)
+class Projector:
+    """One configuration's way from coefficients of a posterior to those of a backend; made once, used for the mean and for draws.
+
+    Attributes
+    ----------
+    configuration : ServingConfiguration
+    backend : Backend
+    settings : ExportSettings
+    own, own_grid : ndarray, shapes (n, K) and (g, K)
+        The posterior's design of the batches the vector is judged on, and of the grid.
+    design, grid : ndarray, shapes (n, J) and (g, J)
+        The backend's.
+    covariance : ndarray, shape (K, K)
+        Of the posterior's coefficients.
+    exact : bool
+        True if the posterior's features are the backend's basis.
+    has_traffic : bool
+        False if the batches are the grid itself.
+    """
+
+    configuration: ServingConfiguration
+    backend: Backend
+    settings: ExportSettings
+    own: FloatArray
+    own_grid: FloatArray
+    design: FloatArray
+    grid: FloatArray
+    covariance: FloatArray
+    exact: bool
+    has_traffic: bool
+
+    @classmethod
+    def of(
+        cls,
+        posterior: LatencyPosterior,
+        configuration: ServingConfiguration,
+        traffic: pd.DataFrame | None = None,
+        *,
+        backend: Backend = TRAINED_PHYSICS,
+        settings: ExportSettings | None = None,
+        seed: int = 0,
+    ) -> Projector:
+        """Return the projector of a posterior; arguments and errors as `blis_vectors`."""
+        features = posterior.feature_set
+        if features.quantity != "step_time":
+            raise ExportError(f"BLIS betas are step times, this posterior is of {features.quantity}; fit --quantity step_time")
+        grid = operating_points(configuration)
+        frame = grid if traffic is None else traffic
+        if frame.empty:
+            raise ExportError(f"no traffic to export {configuration.config_id!r} for; give at least one batch, or none at all")
+        theta = posterior.draws(configuration, seed).theta
+        return cls(
+            configuration=configuration,
+            backend=backend,
+            settings=settings or ExportSettings(),
+            own=features.design(frame, configuration),
+            own_grid=features.design(grid, configuration),
+            design=backend.basis.design(frame, configuration),
+            grid=backend.basis.design(grid, configuration),
+            covariance=np.atleast_2d(np.cov(theta, rowvar=False)),
+            exact=tuple(f.compute for f in features.varying) == tuple(f.compute for f in backend.basis.varying),
+            has_traffic=traffic is not None,
+        )
+
+    @cached_property
+    def used(self) -> NDArray[np.bool_]:
+        """Terms that are not zero in every batch, shape (J,): the others (communication at tp = 1) are not informed, nor exported."""
+        return np.asarray((np.abs(self.grid) > 0).any(axis=0) | (np.abs(self.design) > 0).any(axis=0))
+
+    def vectors(
+        self, theta: FloatArray, alpha_us: tuple[float, float, float] = (0.0, 0.0, 0.0), *, floor: bool = False
+    ) -> BlisVectors:
+        """Express one vector of the posterior's coefficients; not checked against the limits of `ExportSettings`.
+
+        Parameters
+        ----------
+        theta : ndarray, shape (K,)
+        alpha_us : tuple of float
+        floor : bool
+            True to take batches for which the coefficients give less than half the time to read the weights, or nothing, as taking that
+            long; by default a mean that is not positive is refused.
+
+        Raises
+        ------
+        ExportError
+            If a step time is not positive, or not finite.
+        """
+        mean = self.own @ theta
+        least = FLOOR_SHARE * weight_loading_floor_s(self.configuration) if floor else 0.0
+        if not (np.isfinite(mean).all() and ((mean > 0).all() or floor)):
+            raise ExportError(
+                f"the posterior mean of {self.configuration.config_id!r} is not positive in {int((~(mean > 0)).sum())} of {len(mean)} "
+                "batches; calibrate on more rows, or export for traffic like that calibrated on (--traffic)"
+            )
+        target = np.maximum(mean, least)
+        coefficients, free = self._project(theta, target, least)
+        difference = np.abs(self.design @ coefficients / target - 1)
+        sd = np.sqrt(np.maximum(np.einsum("ij,jk,ik->i", self.own, self.covariance, self.own), 0.0))
+        zeroed = {n for n, f, w in zip(self.backend.basis.coef_names, free, coefficients, strict=True) if f < 0 and w <= 0}
+        length = self.backend.length(self.configuration)
+        return BlisVectors(
+            configuration=self.configuration,
+            alpha=alpha_us,
+            beta=self.in_blis_units(coefficients)[:length],
+            projection_error=float(difference.mean()),
+            worst_projection_error=float(difference.max()),
+            clipped=tuple(n for n in self.backend.beta if self.backend.feature_of[n] in zeroed),
+            rows=len(mean),
+            posterior_sd=float((sd / target).mean()),
+            notes=_notes(self.configuration, self.backend),
+            not_told_apart=tuple(n for n in self.backend.beta[:length] if n in self.not_told_apart),
+            backend=self.backend,
+        )
+
+    def _project(self, theta: FloatArray, target: FloatArray, least: float) -> tuple[FloatArray, FloatArray]:
+        """Return the backend's coefficients in reference units with all of them >= 0, and without that constraint, shapes (J,)."""
+        used = self.used
+        weights, free = np.zeros(len(used)), np.zeros(len(used))
+        if self.exact and (target == self.own @ theta).all():
+            covariance = self.covariance[np.ix_(used, used)]
+            weights[used], free[used] = closest_in_metric(theta[used], covariance)
+            return weights, free
+        parts = [(self.design[:, used], target, 1.0)]
+        if self.has_traffic:
+            far = np.maximum(self.own_grid @ theta, least)
+            sane = far > 0
+            parts.append((self.grid[sane][:, used], far[sane], self.settings.outside_weight))
+        prior_mean, prior_sd = own_prior(self.backend.basis, self.configuration)
+        weights[used], free[used] = closest_predictions(parts, prior_mean[used], prior_sd[used], self.settings.tie_breaker)
+        return weights, free
+
+    @cached_property
+    def not_told_apart(self) -> frozenset[str]:
+        """Labels of used betas whose single value these batches do not show.
+
+        Of each column, relative to the step's time, what is left after regression on all others, times one prior sd: how much step times
+        move when it changes and the others make up for it as well as they can. Config features fold into the constant, so neither they
+        nor it are told apart wherever there is more than one of them.
+        """
+        basis, used = self.backend.basis, self.used
+        prior_mean, prior_sd = own_prior(basis, self.configuration)
+        size = np.maximum(self.design @ np.maximum(prior_mean, 0.0), FLOOR_SHARE * weight_loading_floor_s(self.configuration))
+        columns = (self.design * prior_sd / size[:, None])[:, used]
+        names = [n for n, u in zip(basis.coef_names, used, strict=True) if u]
+        found = set()
+        for k, name in enumerate(names):
+            others = np.delete(columns, k, axis=1)
+            left = columns[:, k] - others @ np.linalg.lstsq(others, columns[:, k], rcond=1e-10)[0]
+            if np.sqrt(np.mean(left**2)) < self.settings.told_apart:
+                found.add(name)
+        folded = [f.name for f, row in zip(basis.config, basis.config_row(self.configuration), strict=True) if row]
+        if folded:
+            found |= {*folded, basis.residual[0].name}
+        return frozenset(n for n in self.backend.beta if self.backend.feature_of[n] in found)
+
+    def in_blis_units(self, coefficients: FloatArray) -> tuple[float, ...]:
+        """Return coefficients in reference units, shape (J,), as betas in BLIS's order and units; config features are zero."""
+        basis, backend = self.backend.basis, self.backend
+        physical = dict(zip(basis.coef_names, coefficients * basis.references, strict=True))
+        return tuple(
+            float(physical.get(backend.feature_of[n], 0.0)) * (MICRO if n in backend.in_microseconds else 1.0)
+            for n in backend.beta
+        )
 
 
-def _notes(configuration: ServingConfiguration) -> tuple[str, ...]:
+def _notes(configuration: ServingConfiguration, backend: Backend) -> tuple[str, ...]:
     """Return the limits of use of a configuration's vectors."""
+    if backend.name != TRAINED_PHYSICS.name:
+        return (
+            f"for this configuration only, and for BLIS of a version that has --latency-model {backend.name}",
+            "a1 is per input token here; in trained-physics it is once per request",
+        )
     llm, tp = configuration.llm, configuration.engine.tensor_parallel
     hardware = configuration.hardware
     notes = [

@@ -5,35 +5,88 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from hfdtl_bayes.configuration import ServingConfiguration
 from hfdtl_bayes.errors import ExportError
-from hfdtl_bayes.export.vectors import BETA_LABELS, BlisVectors, ExportSettings, coefficient_problems
+from hfdtl_bayes.export.older_backends import BLACKBOX, CROSSMODEL, older_section
+from hfdtl_bayes.export.vectors import TRAINED_PHYSICS, Backend, BlisVectors, ExportSettings, coefficient_problems
 from hfdtl_bayes.files import atomic
 
 _SECTION = "trained_physics_coefficients"
 _KEYS = ("alpha_coeffs", "beta_coeffs")
+_ENTRY_KEYS = ("id", "GPU", "tensor_parallelism", "vllm_version", *_KEYS, "best_loss")
 
 
-def blis_yaml(vectors: BlisVectors) -> str:
-    """Return the vectors as the YAML file that BLIS takes with --defaults-filepath (strict: these keys only)."""
-    body = {_SECTION: {"alpha_coeffs": [float(v) for v in vectors.alpha], "beta_coeffs": [float(v) for v in vectors.beta]}}
-    head = [
-        f"BLIS trained-physics coefficients of {vectors.configuration.config_id}",
-        "alpha: a0, a1, a2 in microseconds",
-        f"beta: {', '.join(BETA_LABELS[: len(vectors.beta)])} (b5, b6, b7, b8 in microseconds)",
-        f"mean difference from the posterior mean: {vectors.projection_error:.2%}",
-        *vectors.notes,
-    ]
-    comment = "".join(f"# {line}\n" for line in head)
+def blis_yaml(*vectors: BlisVectors) -> str:
+    """Return vectors as the YAML file that BLIS takes with --defaults-filepath (strict: its keys only).
+
+    Parameters
+    ----------
+    *vectors : BlisVectors
+        One; of the blackbox backend as many as there are, one entry each.
+
+    Raises
+    ------
+    ExportError
+        If the file has no room for all of them.
+    """
+    backend = vectors[0].backend
+    if backend.name == TRAINED_PHYSICS.name:
+        if len(vectors) > 1:
+            raise ExportError(
+                f"a file of {backend.name} holds one set of coefficients, found {len(vectors)}; write one file each"
+            )
+        body: dict[str, Any] = {
+            _SECTION: {"alpha_coeffs": [float(v) for v in vectors[0].alpha], "beta_coeffs": [float(v) for v in vectors[0].beta]}
+        }
+    else:
+        body = older_section(vectors)
+    comment = "".join(f"# {line}\n" for v in vectors for line in _head(v))
     return comment + yaml.safe_dump(body, sort_keys=False, default_flow_style=None, width=1000)
 
 
-def parse_blis_yaml(text: str, source: str = "BLIS YAML") -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Return alpha and beta of a BLIS defaults file, as strictly as BLIS reads it, and more so where BLIS is silent.
+def _head(vectors: BlisVectors) -> list[str]:
+    backend = vectors.backend
+    labels = backend.beta[: len(vectors.beta)]
+    times = [n for n in labels if n in backend.in_microseconds]
+    units = "in microseconds" if len(times) == len(labels) else f"({', '.join(times)} in microseconds)"
+    apart = vectors.not_told_apart
+    return [
+        f"BLIS {backend.name} coefficients of {vectors.configuration.config_id}",
+        f"alpha: a0, a1, a2 in {', '.join(backend.alpha_units)}",
+        f"beta: {', '.join(labels)} {units}",
+        f"mean difference from the posterior mean: {vectors.projection_error:.2%}",
+        *([f"single values not told apart, only their sum with others counts: {', '.join(apart)}"] if apart else []),
+        *vectors.notes,
+    ]
+
+
+@dataclass(frozen=True)
+class FileVectors:
+    """Two vectors read from a file of BLIS.
+
+    Attributes
+    ----------
+    backend : Backend
+    name : str
+        The model an entry of blackbox is of; empty for a set that is of no configuration in particular.
+    alpha, beta : tuple of float
+        As BLIS has them.
+    """
+
+    backend: Backend
+    name: str
+    alpha: tuple[float, ...]
+    beta: tuple[float, ...]
+
+
+def parse_blis_file(text: str, source: str = "BLIS YAML") -> tuple[FileVectors, ...]:
+    """Return the vectors of a BLIS defaults file of any backend, as strictly as BLIS reads it, and more so where BLIS is silent.
 
     Raises
     ------
@@ -43,23 +96,55 @@ def parse_blis_yaml(text: str, source: str = "BLIS YAML") -> tuple[tuple[float, 
     """
     try:
         data = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    # PyYAML lets the errors of its constructors through.
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, ArithmeticError, RecursionError) as error:
         raise ExportError(f"{source} is not valid YAML: {error}") from None
-    if not isinstance(data, Mapping) or set(data) != {_SECTION} or not isinstance(data[_SECTION], Mapping):
-        found = ", ".join(map(str, data)) if isinstance(data, Mapping) else type(data).__name__
-        raise ExportError(f"{source}: expected the key {_SECTION} with {' and '.join(_KEYS)} and nothing else, found {found}")
-    body = data[_SECTION]
-    if set(body) != set(_KEYS):
-        raise ExportError(f"{source}: {_SECTION} holds {', '.join(map(str, body))}; accepted are exactly {', '.join(_KEYS)}")
+    sections = {_SECTION: TRAINED_PHYSICS, "crossmodel_defaults": CROSSMODEL, "models": BLACKBOX}
+    found = next((n for n in sections if isinstance(data, Mapping) and set(data) == {n}), None)
+    if found is None:
+        shown = ", ".join(map(str, data)) if isinstance(data, Mapping) else type(data).__name__
+        raise ExportError(
+            f"{source}: expected the key {_SECTION} with {' and '.join(_KEYS)} and nothing else, found {shown}; "
+            "of older BLIS also models or crossmodel_defaults alone"
+        )
+    backend, body = sections[found], data[found]
+    if found != "models":
+        return (_entry(body, backend, source, found, _KEYS),)
+    if not isinstance(body, list) or not body:
+        raise ExportError(f"{source}: models must be a list of entries, found {type(body).__name__}")
+    return tuple(_entry(e, backend, source, f"models[{i}]", _ENTRY_KEYS) for i, e in enumerate(body))
+
+
+def _entry(body: Any, backend: Backend, source: str, where: str, keys: tuple[str, ...]) -> FileVectors:
+    if not isinstance(body, Mapping):
+        raise ExportError(f"{source}: {where} must hold {' and '.join(keys)}, found {type(body).__name__}")
+    if set(body) != set(keys):
+        raise ExportError(f"{source}: {where} holds {', '.join(map(str, body))}; accepted are exactly {', '.join(keys)}")
     for key in _KEYS:
         values = body[key]
         if not isinstance(values, list) or any(isinstance(v, bool) or not isinstance(v, int | float) for v in values):
-            raise ExportError(f"{source}: {key} must be a list of numbers, found {values!r}")
-    alpha, beta = (tuple(float(v) for v in body[key]) for key in _KEYS)
-    problems = coefficient_problems(alpha, beta, ExportSettings())
+            raise ExportError(f"{source}: {where}: {key} must be a list of numbers, found {values!r}")
+    # A whole number beyond any float is as absurd as an infinity.
+    alpha, beta = (tuple(_real(v) for v in body[key]) for key in _KEYS)
+    problems = coefficient_problems(alpha, beta, ExportSettings(), backend)
     if problems:
-        raise ExportError(f"{source} is not what BLIS takes:\n  - " + "\n  - ".join(problems))
-    return alpha, beta
+        raise ExportError(f"{source}: {where} is not what BLIS takes:\n  - " + "\n  - ".join(problems))
+    return FileVectors(backend, str(body.get("id", "")), alpha, beta)
+
+
+def _real(value: float) -> float:
+    try:
+        return float(value)
+    except OverflowError:
+        return float("inf") if value > 0 else float("-inf")
+
+
+def parse_blis_yaml(text: str, source: str = "BLIS YAML") -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return alpha and beta of a trained-physics file; raises ExportError as `parse_blis_file`, and for another backend."""
+    found = parse_blis_file(text, source)
+    if found[0].backend.name != TRAINED_PHYSICS.name:
+        raise ExportError(f"{source} holds coefficients of {found[0].backend.name}; expected the key {_SECTION}")
+    return found[0].alpha, found[0].beta
 
 
 def blis_flags(
@@ -80,7 +165,7 @@ def blis_flags(
     """
     engine = vectors.configuration.engine
     flags = [
-        "--latency-model trained-physics",
+        f"--latency-model {vectors.backend.name}",
         # repr keeps every digit: the flags and the YAML file are the same numbers.
         "--alpha-coeffs " + ",".join(repr(float(v)) for v in vectors.alpha),
         "--beta-coeffs " + ",".join(repr(float(v)) for v in vectors.beta),

@@ -1,14 +1,15 @@
-"""What BLIS's trained-physics backend takes: two vectors, their labels and units, and what may not be in them."""
+"""What BLIS's backends take: two vectors, their labels and units, and what may not be in them."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from hfdtl_bayes.configuration import ServingConfiguration
 from hfdtl_bayes.errors import ExportError
+from hfdtl_bayes.features import FeatureSet, feature_set
 
 ALPHA_LABELS = ("a0", "a1", "a2")
 """BLIS's alphas, all in microseconds: per request from arrival to queue, per request after decoding, per output token."""
@@ -38,6 +39,54 @@ MICRO = 1e6
 
 
 @dataclass(frozen=True)
+class Backend:
+    """A latency model of BLIS that is linear in two vectors.
+
+    Attributes
+    ----------
+    name : str
+        As `--latency-model` has it.
+    basis : FeatureSet
+        Its terms, in SI units.
+    beta : tuple of str
+        Labels of its betas in the order of its list.
+    feature_of : dict of str to str
+        The feature of `basis` that each beta multiplies.
+    in_microseconds : tuple of str
+        Betas that are times (per unit of their feature); the others are factors on a time at peak.
+    lengths : tuple of int
+        Numbers of betas that select this model.
+    alpha_units : tuple of str
+        Units of a0, a1, a2. The trap of them all: a1 is per input token in every backend but trained-physics, where it is once per
+        request, after decoding.
+    """
+
+    name: str
+    basis: FeatureSet
+    beta: tuple[str, ...]
+    feature_of: dict[str, str]
+    in_microseconds: tuple[str, ...]
+    lengths: tuple[int, ...]
+    alpha_units: tuple[str, str, str]
+
+    def length(self, configuration: ServingConfiguration) -> int:
+        """Return how many betas a configuration needs: the last is for data parallelism where there is a choice."""
+        return max(self.lengths) if configuration.engine.data_parallel > 1 else min(self.lengths)
+
+
+TRAINED_PHYSICS = Backend(
+    name="trained-physics",
+    basis=feature_set("blis-physics"),
+    beta=BETA_LABELS,
+    feature_of=FEATURE_OF_BETA,
+    in_microseconds=IN_MICROSECONDS,
+    lengths=(10, 11),
+    alpha_units=("us", "us", "us/output token"),
+)
+"""The only coefficient-based backend of today's BLIS."""
+
+
+@dataclass(frozen=True)
 class ExportSettings:
     """Limits and choices of the export, each with its reason."""
 
@@ -53,6 +102,9 @@ class ExportSettings:
     tie_breaker: float = 1e-4
     """Relative error given up for one prior sd: coefficients that only their sum shows (prefill KV writing and prefill
     compute, say) are divided between them as the prior has it, not as an algorithm happens to."""
+    told_apart: float = 0.01
+    """A coefficient is said to be told apart where a change of it by one prior sd moves step times by at least this much (root mean
+    square, relative) whatever the others do about it: less drowns in the noise of any engine."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +129,9 @@ class BlisVectors:
         Mean relative posterior sd of the expected step time over the same batches: how sure the mean itself is.
     notes : tuple of str
         Limits of use, for a person.
+    not_told_apart : tuple of str
+        Labels whose single value the batches do not show: only a sum with others counts.
+    backend : Backend
     """
 
     configuration: ServingConfiguration
@@ -88,28 +143,45 @@ class BlisVectors:
     rows: int
     posterior_sd: float = 0.0
     notes: tuple[str, ...] = ()
+    not_told_apart: tuple[str, ...] = ()
+    backend: Backend = field(default=TRAINED_PHYSICS, repr=False)
 
     def summary(self) -> str:
         """Return what was exported, what the projection changed and the limits of use."""
-        pairs = ", ".join(f"{n}={v:.6g}" for n, v in zip(BETA_LABELS, self.beta, strict=False))
+        pairs = ", ".join(f"{n}={v:.6g}" for n, v in zip(self.backend.beta, self.beta, strict=False))
+        alpha = ", ".join(f"{n}={v:.6g} {u}" for n, v, u in zip(ALPHA_LABELS, self.alpha, self.backend.alpha_units, strict=True))
+        together = (
+            f"single values not told apart by these batches, only their sum with others: {', '.join(self.not_told_apart)}"
+            if self.not_told_apart
+            else ""
+        )
         clipped = f"; set to zero because negative: {', '.join(self.clipped)}" if self.clipped else ""
         lines = [
             f"beta {pairs}",
-            f"alpha a0={self.alpha[0]:.6g} us, a1={self.alpha[1]:.6g} us, a2={self.alpha[2]:.6g} us",
+            f"alpha {alpha}",
             f"judged on {self.rows} batches: mean difference from the posterior mean {self.projection_error:.2%} of the step "
             f"time, worst {self.worst_projection_error:.2%}{clipped}; the mean itself is known to {self.posterior_sd:.2%}",
         ]
-        return "\n".join([*lines, *(f"note: {n}" for n in self.notes)])
+        return "\n".join([*lines, *([together] if together else []), *(f"note: {n}" for n in self.notes)])
 
     def as_dict(self) -> dict[str, Any]:
         """Return the vectors with labels, units, uncertainty and limits of use as plain data for JSON."""
         return {
             "config_id": self.configuration.config_id,
-            "backend": "trained-physics",
-            "alpha": [{"label": n, "value": v, "unit": "us"} for n, v in zip(ALPHA_LABELS, self.alpha, strict=True)],
+            "backend": self.backend.name,
+            "alpha": [
+                {"label": n, "value": v, "unit": u}
+                for n, v, u in zip(ALPHA_LABELS, self.alpha, self.backend.alpha_units, strict=True)
+            ],
             "beta": [
-                {"label": n, "value": v, "unit": "us" if n in IN_MICROSECONDS else "1", "multiplies": FEATURE_OF_BETA[n]}
-                for n, v in zip(BETA_LABELS, self.beta, strict=False)
+                {
+                    "label": n,
+                    "value": v,
+                    "unit": "us" if n in self.backend.in_microseconds else "1",
+                    "multiplies": self.backend.feature_of[n],
+                    "told_apart": n not in self.not_told_apart,
+                }
+                for n, v in zip(self.backend.beta, self.beta, strict=False)
             ],
             "projection": {
                 "rows": self.rows,
@@ -131,27 +203,29 @@ def check_vectors(vectors: BlisVectors, settings: ExportSettings | None = None) 
         With every problem found.
     """
     settings = settings or ExportSettings()
-    problems = coefficient_problems(vectors.alpha, vectors.beta, settings)
+    problems = coefficient_problems(vectors.alpha, vectors.beta, settings, vectors.backend)
     if not vectors.projection_error <= settings.max_projection_error:
         problems.append(
-            f"BLIS's basis cannot express this posterior: the mean difference is {vectors.projection_error:.1%}, accepted is "
-            f"{settings.max_projection_error:.0%}. Export for narrower traffic (--traffic), or fit --features blis-physics"
+            f"BLIS's basis ({vectors.backend.name}) cannot express this posterior: the mean difference is "
+            f"{vectors.projection_error:.1%}, accepted is {settings.max_projection_error:.0%}. Export for narrower traffic (--traffic), "
+            f"or fit --features {vectors.backend.basis.name}"
         )
     if problems:
         raise ExportError(f"{vectors.configuration.config_id!r} cannot be exported:\n  - " + "\n  - ".join(problems))
 
 
-def coefficient_problems(alpha: tuple[float, ...], beta: tuple[float, ...], settings: ExportSettings) -> list[str]:
+def coefficient_problems(
+    alpha: tuple[float, ...], beta: tuple[float, ...], settings: ExportSettings, backend: Backend = TRAINED_PHYSICS
+) -> list[str]:
     """Return everything that is wrong with a pair of vectors: lengths, numbers that are not finite, negative or absurd."""
     problems = []
     if len(alpha) != len(ALPHA_LABELS):
         problems.append(f"alpha has {len(alpha)} values, BLIS takes exactly 3 (it ignores more in silence)")
-    if len(beta) not in (10, 11):
-        problems.append(
-            f"beta has {len(beta)} values; accepted are 10 or 11: fewer select another model in BLIS, more are ignored in silence"
-        )
+    if len(beta) not in backend.lengths:
+        why = ": fewer select another model in BLIS, more are ignored in silence" if len(backend.lengths) > 1 else ""
+        problems.append(f"beta has {len(beta)} values; accepted are {' or '.join(map(str, backend.lengths))}{why}")
     named = [(n, v, True) for n, v in zip(ALPHA_LABELS, alpha, strict=False)]
-    named += [(n, v, n in IN_MICROSECONDS) for n, v in zip(BETA_LABELS, beta, strict=False)]
+    named += [(n, v, n in backend.in_microseconds) for n, v in zip(backend.beta, beta, strict=False)]
     for name, value, is_time in named:
         limit = settings.largest_us if is_time else settings.largest_factor
         if not np.isfinite(value):
