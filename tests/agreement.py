@@ -19,6 +19,7 @@ from gibbs import sample_gibbs
 from numpy.typing import NDArray
 from scipy.stats import t as student
 from simulation import (
+    BENT,
     PRIORS,
     THREE,
     TINY,
@@ -32,6 +33,7 @@ from simulation import (
 )
 
 from hfdtl_bayes.configuration import ServingConfiguration
+from hfdtl_bayes.features import FeatureSet
 from hfdtl_bayes.model import (
     ConvergenceSettings,
     PositiveRange,
@@ -66,16 +68,17 @@ def made(
     priors: PriorSettings = PRIORS,
     truth: Change = unchanged,
     traffic: Callable[[pd.DataFrame], pd.DataFrame] = lambda frame: frame,
+    features: FeatureSet = TINY,
 ) -> Simulated:
     """A data set from the prior, with the truth or the traffic changed where a case asks for it."""
     rng = np.random.default_rng([seed, 77])
-    drawn = truth(draw_parameters(rng, configurations, TINY, PRIORS))
+    drawn = truth(draw_parameters(rng, configurations, features, PRIORS))
     counts = [rows] * len(configurations) if isinstance(rows, int) else rows
     frames = tuple(
-        observe(rng, traffic(batches(rng, n)), own, TINY, drawn["theta"][c], drawn["sigma"][c], drawn["omega"][c], block)
+        observe(rng, traffic(batches(rng, n)), own, features, drawn["theta"][c], drawn["sigma"][c], drawn["omega"][c], block)
         for c, (own, n) in enumerate(zip(configurations, counts, strict=True))
     )
-    return Simulated(tuple(configurations), TINY, priors, drawn, frames, block)
+    return Simulated(tuple(configurations), features, priors, drawn, frames, block)
 
 
 def many(count: int, kinds: int = 3) -> tuple[ServingConfiguration, ...]:
@@ -124,6 +127,7 @@ NAMED: Mapping[str, Callable[[], Simulated]] = {
     "drift switched off": lambda: made(13, rows=60, priors=NO_DRIFT, truth=without_drift),
     "short blocks": lambda: made(10, rows=60, block=3),
     "fewer rows than coefficients beside many": lambda: made(11, rows=(1, 2, 90)),
+    "discrepancies": lambda: made(33, many(4, 2), (20, 300, 60, 900), features=BENT),
 }
 """Problems of the fast test, the first; the slow one has all."""
 
@@ -146,11 +150,16 @@ NAMED_SLOW: Mapping[str, Callable[[], Simulated]] = {
 
 
 def random_problem(seed: int) -> Simulated:
-    """One to six configurations on one to four kinds of hardware, five to eight hundred rows each, blocks of 1 to 40."""
+    """One to six configurations on one to four kinds of hardware, five to eight hundred rows each, blocks of 1 to 40.
+
+    Every third has discrepancies.
+    """
     rng = np.random.default_rng([seed, 78])
     own = many(int(rng.integers(1, 7)), int(rng.integers(1, 5)))
     rows = np.exp(rng.uniform(np.log(5), np.log(800), len(own))).astype(int)
-    return made(1000 + seed, own, [int(n) for n in rows], block=int(rng.integers(1, 41)))
+    return made(
+        1000 + seed, own, [int(n) for n in rows], block=int(rng.integers(1, 41)), features=BENT if seed % 3 == 2 else TINY
+    )
 
 
 RANDOM = {f"random {i}": i for i in range(34)}

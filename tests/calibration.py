@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from scipy.stats import chi2, kstest, norm
 from simulation import BLOCK, THREE, TINY, Parameters, Simulated, batches, configuration, draw_new, pilot_of, simulate
 
+from hfdtl_bayes.features import FeatureSet
 from hfdtl_bayes.model import LatencyPosterior, SamplerSettings, fit
 
 FloatArray = NDArray[np.float64]
@@ -118,9 +119,11 @@ def kept_draws(engine: Engine, tree: xr.DataTree) -> dict[str, FloatArray]:
     return {str(n): engine.kept(v.to_numpy().reshape(-1, *v.shape[2:])) for n, v in posterior.data_vars.items()}
 
 
-def replications(engine: Engine, count: int, seed: int) -> Iterator[tuple[Simulated, LatencyPosterior, np.random.Generator]]:
+def replications(
+    engine: Engine, count: int, seed: int, features: FeatureSet = TINY
+) -> Iterator[tuple[Simulated, LatencyPosterior, np.random.Generator]]:
     for i in range(count):
-        data = simulate([seed, i], THREE, TINY)
+        data = simulate([seed, i], THREE, features)
         assert data.block == BLOCK
         yield data, engine.fit(data, i), np.random.default_rng([seed, i, 1])
 

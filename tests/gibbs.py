@@ -73,9 +73,10 @@ def rows_of(data_sets: Sequence[Sequence[ConfigStatistics]], features: FeatureSe
                 assert d == 0 or shape == (count[c, j], multiplier[c, j]), "data sets of one shape only"
                 count[c, j], multiplier[c, j] = shape
     base, config = len(features.base), len(features.config)
-    loading = np.zeros((len(first), k, k + config))
+    pooled = base + len(features.residual)
+    loading = np.zeros((len(first), k, pooled + config))
     for c, own in enumerate(first):
-        for i in range(k):
+        for i in range(pooled):
             loading[c, i, i if i < base else i + config] = 1.0
         loading[c, base, base : base + config] = own.config_row
     names = sorted({s.configuration.hardware.name for s in first})
@@ -130,6 +131,7 @@ class Gibbs:
         self.mean = np.array([f.prior.mean for f in ordered])
         self.sd = np.array([f.prior.sd for f in ordered])
         self.size = deviation_size(features)
+        self.fixed = np.array([f.prior.sd for f in features.discrepancy])
         self.shape, self.rate = group_sd_prior(priors.deviation)
         self.rng = np.random.default_rng(seed)
         self.count_hardware = int(rows.hardware.max()) + 1
@@ -170,13 +172,18 @@ class Gibbs:
         logit = state["logit"][:, None]
         return total * np.exp(0.5 * log_expit(-logit)), total * np.exp(0.5 * log_expit(logit))
 
+    def spread(self, own: FloatArray, shared: FloatArray) -> tuple[FloatArray, FloatArray]:
+        """Sds of all coefficients, (S, K): of discrepancies the own is given and there is none in common."""
+        more = (len(own), len(self.fixed))
+        return np.hstack([own, np.broadcast_to(self.fixed, more)]), np.hstack([shared, np.zeros(more)])
+
     def log_prior_of_tau(self, x: FloatArray) -> FloatArray:
         """Log density, up to a constant, of the logarithm x of a Gamma variable."""
         return self.shape * x - self.rate * np.exp(x)
 
     def coefficients(self, state: State) -> FloatArray:
         """Theta of every configuration, (S, C, K)."""
-        own, shared = self.deviation_sds(state)
+        own, shared = self.spread(*self.deviation_sds(state))
         population = self.mean + self.sd * state["population_z"]
         centre = np.einsum("ckp,sp->sck", self.rows.loading, population)
         return centre + shared[:, None] * state["hardware_z"][:, self.rows.hardware] + own[:, None] * state["own_z"]
@@ -193,7 +200,7 @@ class Gibbs:
 
     def move_coefficients(self, state: State) -> None:
         """Draw population, hardware effects and own coefficients together given all scales."""
-        own, shared = self.deviation_sds(state)
+        own, shared = self.spread(*self.deviation_sds(state))
         s, (c, k, p) = self.chains, self.rows.loading.shape
         h = self.count_hardware
         weight = 1 / np.sqrt(self.variance(state))[..., None]
@@ -224,8 +231,9 @@ class Gibbs:
     def move_deviations_held(self, state: State) -> None:
         """Move tau and the share with the deviations themselves held."""
         own, shared = self.deviation_sds(state)
-        own_square = ((own[:, None] * state["own_z"]) ** 2).sum(axis=1) / self.size**2
-        shared_square = ((shared[:, None] * state["hardware_z"]) ** 2).sum(axis=1) / self.size**2
+        pooled = slice(0, len(self.size))
+        own_square = ((own[:, None] * state["own_z"][..., pooled]) ** 2).sum(axis=1) / self.size**2
+        shared_square = ((shared[:, None] * state["hardware_z"][..., pooled]) ** 2).sum(axis=1) / self.size**2
         c, h, k = len(self.rows.count), self.count_hardware, len(self.size)
         before_own, before_shared = own, shared
         share = expit(state["logit"])[:, None]
@@ -246,14 +254,16 @@ class Gibbs:
 
         state["logit"] = slice_move(of_share, state["logit"], self.rng)
         own, shared = self.deviation_sds(state)
-        state["own_z"] = state["own_z"] * (before_own / own)[:, None]
-        state["hardware_z"] = state["hardware_z"] * (before_shared / shared)[:, None]
+        state["own_z"][..., pooled] *= (before_own / own)[:, None]
+        state["hardware_z"][..., pooled] *= (before_shared / shared)[:, None]
 
     def move_scores_held(self, state: State) -> None:
         """Move tau and the share with the standardised deviations held, so that the coefficients move with them."""
         variance = self.variance(state)[..., None]
         own, shared = self.deviation_sds(state)
-        own_part, shared_part = own[:, None] * state["own_z"], shared[:, None] * state["hardware_z"][:, self.rows.hardware]
+        pooled = slice(0, len(self.size))
+        own_part = own[:, None] * state["own_z"][..., pooled]
+        shared_part = shared[:, None] * state["hardware_z"][:, self.rows.hardware][..., pooled]
         left = self.residuals(self.coefficients(state))
         for k in range(len(self.size)):
             # Residuals are a straight line in tau.
@@ -271,7 +281,9 @@ class Gibbs:
             left = left - (grown - 1)[:, None, None, None] * line
             own_part[..., k] *= grown[:, None]
             shared_part[..., k] *= grown[:, None]
-        own_line, shared_line = ((self.rows.design @ part[:, :, None, :, None])[..., 0] for part in (own_part, shared_part))
+        own_line, shared_line = (
+            (self.rows.design[..., pooled] @ part[:, :, None, :, None])[..., 0] for part in (own_part, shared_part)
+        )
         lines = np.stack([own_line, shared_line], axis=-1)
         squares = np.einsum("scjra,scjrb->sab", lines / variance[..., None], lines)
         crosses = (lines * (left / variance)[..., None]).sum(axis=(1, 2, 3))
@@ -337,7 +349,8 @@ class Gibbs:
         beta, gamma, delta = np.split(population, [base, base + config], axis=1)
         out = {"beta": beta, "gamma": gamma, "delta": delta} if config else {"beta": beta, "delta": delta}
         out |= {"tau": np.exp(state["tau"]), "hardware_share": expit(state["logit"]), "theta": self.coefficients(state)}
-        out |= {"hardware_effect_z": state["hardware_z"], "hardware_effect": shared[:, None] * state["hardware_z"]}
+        effect = state["hardware_z"][..., : len(self.size)]
+        out |= {"hardware_effect_z": effect, "hardware_effect": shared[:, None] * effect}
         for name, _, _ in self.errors:
             out |= {n: np.exp(state[n]) for n in (name, f"{name}_typical", f"{name}_spread")}
         return {name: np.array(values) for name, values in out.items()}

@@ -7,7 +7,7 @@ coefficients (population, hardware, configurations) as one Gaussian vector and a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
@@ -58,6 +58,24 @@ def tiny_features(name: str = "tiny", *, references: Sequence[float] = (2e-5, 1e
 
 
 TINY = tiny_features()
+
+
+def bent_features(sd: float = 0.2) -> FeatureSet:
+    """The same with two discrepancies: of batches below 60 sequences, and beyond them in proportion."""
+
+    def bend(place: int):
+        weight = np.eye(2)[place]
+        return lambda frame, _c: 0.01 * np.interp(frame["decode_tokens"].to_numpy(dtype=float), [30, 90], weight)
+
+    believed = PriorRange(-1.6448536269514722 * sd, 1.6448536269514722 * sd)
+    bends = tuple(
+        Feature(f"bend_{at}", Level.DISCREPANCY, "s", "10 ms * part of the way to it", bend(i), believed, ("decode_tokens",))
+        for i, at in enumerate((30, 90))
+    )
+    return replace(TINY, name=f"bent {sd}", features=(*TINY.features, *bends))
+
+
+BENT = bent_features()
 
 PRIORS = PriorSettings(
     deviation=PositiveRange(0.15, 0.7),
@@ -123,16 +141,21 @@ def hardware_of(configurations: Sequence[ServingConfiguration]) -> tuple[list[st
 def loading(features: FeatureSet, own: ServingConfiguration) -> FloatArray:
     """A_c: how (beta, gamma, delta) make up the centre of a configuration's coefficients, shape (K, B + G + D)."""
     base, config, residual = len(features.base), len(features.config), len(features.residual)
-    a = np.zeros((base + residual, base + config + residual))
+    a = np.zeros((len(features.varying), base + config + residual))
     a[:base, :base] = np.eye(base)
-    a[base:, base + config :] = np.eye(residual)
+    a[base : base + residual, base + config :] = np.eye(residual)
     for g, f in enumerate(features.config):
         a[base, base + g] = float(f.compute(None, own)) * f.reference / features["constant"].reference
     return a
 
 
 def deviation_size(features: FeatureSet) -> FloatArray:
-    return np.array([max(abs(f.prior.mean), f.prior.sd) for f in features.varying])
+    return np.array([max(abs(f.prior.mean), f.prior.sd) for f in features.base + features.residual])
+
+
+def own_spread(own_sd: FloatArray, features: FeatureSet) -> FloatArray:
+    """Sds of a configuration's coefficients around their centre: given for discrepancies."""
+    return np.concatenate([own_sd, [f.prior.sd for f in features.discrepancy]])
 
 
 @cache
@@ -160,7 +183,7 @@ def draw_parameters(
         return np.array([rng.normal(f.prior.mean, f.prior.sd) for f in own])
 
     beta, gamma, delta = coefficients(features.base), coefficients(features.config), coefficients(features.residual)
-    k = len(features.varying)
+    k = len(features.base) + len(features.residual)
     shape, rate = group_sd_prior(priors.deviation)
     tau = stats.gamma(shape, scale=1 / rate).ppf(stats.norm.cdf(rng.standard_normal(k)))
     share = rng.beta(priors.hardware_share, priors.hardware_share)
@@ -169,8 +192,9 @@ def draw_parameters(
     effect_z = rng.standard_normal((len(names), k))
     effect = np.sqrt(share) * sd * effect_z
     phi = np.concatenate([beta, gamma, delta])
-    own_sd = np.sqrt(1 - share) * sd
-    theta = [loading(features, c) @ phi + effect[h] + rng.normal(0, own_sd) for c, h in zip(configurations, index, strict=True)]
+    own_sd = own_spread(np.sqrt(1 - share) * sd, features)
+    whole = np.pad(effect, ((0, 0), (0, len(own_sd) - k)))
+    theta = [loading(features, c) @ phi + whole[h] + rng.normal(0, own_sd) for c, h in zip(configurations, index, strict=True)]
     out = {
         "beta": beta, "gamma": gamma, "delta": delta, "tau": tau, "hardware_share": np.array(share),
         "hardware_effect_z": effect_z, "hardware_effect": effect, "theta": np.array(theta),
@@ -201,7 +225,9 @@ def draw_new(
     else:
         effect = np.sqrt(share) * sd * rng.standard_normal(len(sd))
     phi = np.concatenate([truth["beta"], truth["gamma"], truth["delta"]])
-    theta = loading(features, own) @ phi + effect + np.sqrt(1 - share) * sd * rng.standard_normal(len(sd))
+    own_sd = own_spread(np.sqrt(1 - share) * sd, features)
+    effect = np.pad(effect, (0, len(own_sd) - len(sd)))
+    theta = loading(features, own) @ phi + effect + own_sd * rng.standard_normal(len(own_sd))
     sigma, omega = (
         float(truth[f"{n}_typical"] * np.exp(truth[f"{n}_spread"] * rng.standard_normal())) for n in ("sigma", "omega")
     )
@@ -305,21 +331,23 @@ def dense(data: Simulated, scales: Parameters) -> Dense:
     names, index = hardware_of(configurations)
     ordered = features.base + features.config + features.residual
     k, p, h, c = len(features.varying), len(ordered), len(names), len(configurations)
+    pooled = len(features.base) + len(features.residual)
     sd, share = scales["tau"] * deviation_size(features), float(scales["hardware_share"])
+    own_sd = own_spread(np.sqrt(1 - share) * sd, features)
     # Independent pieces: population, hardware effects, own deviations; `make` turns them into (population, hardware, theta).
-    variance = np.concatenate([[f.prior.sd**2 for f in ordered], np.tile(share * sd**2, h), np.tile((1 - share) * sd**2, c)])
-    mean = np.concatenate([[f.prior.mean for f in ordered], np.zeros((h + c) * k)])
+    variance = np.concatenate([[f.prior.sd**2 for f in ordered], np.tile(share * sd**2, h), np.tile(own_sd**2, c)])
+    mean = np.concatenate([[f.prior.mean for f in ordered], np.zeros(h * pooled + c * k)])
     make = np.eye(len(mean))
     for i, own in enumerate(configurations):
-        rows = slice(p + (h + i) * k, p + (h + i + 1) * k)
+        rows = slice(p + h * pooled + i * k, p + h * pooled + (i + 1) * k)
         make[rows, :p] = loading(features, own)
-        make[rows, p + index[i] * k : p + (index[i] + 1) * k] = np.eye(k)
+        make[rows, p + index[i] * pooled : p + (index[i] + 1) * pooled] = np.eye(k, pooled)
     pieces, observed, errors = [], [], []
     for i, (own, frame) in enumerate(zip(configurations, data.frames, strict=True)):
         design = features.design(frame, own)
         scale = np.maximum(design @ pilot_of(features, own), features.noise_floor(own))
         block = np.zeros((len(frame), len(mean)))
-        block[:, p + (h + i) * k : p + (h + i + 1) * k] = design / scale[:, None]
+        block[:, p + h * pooled + i * k : p + h * pooled + (i + 1) * k] = design / scale[:, None]
         pieces.append(block)
         observed.append(frame["step_time_s"].to_numpy() / scale)
         errors.append(error_covariance(frame["step_id"].to_numpy() // data.block, scales["sigma"][i], scales["omega"][i]))

@@ -27,8 +27,9 @@ from calibration import (
     stacked,
 )
 from scipy.stats import norm
-from simulation import TINY, Simulated
+from simulation import BENT, TINY, Simulated
 
+from hfdtl_bayes.features import FeatureSet
 from hfdtl_bayes.model import ExactDensity
 
 LEVEL = 1e-3
@@ -52,9 +53,9 @@ def without_drift(draws: dict[str, np.ndarray], data: Simulated, seed: int) -> d
     return density.draw(x, np.random.default_rng(seed))
 
 
-def ranks(engine: Engine, count: int, seed: int) -> Ranks:
+def ranks(engine: Engine, count: int, seed: int, features: FeatureSet = TINY) -> Ranks:
     right, no_drift, reused = [], [], []
-    for i, (data, posterior, rng) in enumerate(replications(engine, count, seed)):
+    for i, (data, posterior, rng) in enumerate(replications(engine, count, seed, features)):
         truths = new_truths(data, rng)
         draws = kept_draws(engine, posterior.tree)
         own = places_of(data, draws, data.truth, rng)
@@ -72,8 +73,12 @@ QUANTITIES = 3 + 1 + 3 + 1 + 6 + 6 + 9 + 3 + 3 + 4 + 1 + len(NEW) * (3 + 1 + 1 +
 """Of population, tau, share, effects twice, theta, noise, drift, their population, the likelihood; of each new configuration."""
 
 
-def check(found: Ranks) -> None:
-    assert len(found.right) == QUANTITIES
+DISCREPANCIES = 2 * (3 + len(NEW))
+"""More quantities where there are two discrepancies: of each configuration, fitted or new."""
+
+
+def check(found: Ranks, more: int = 0) -> None:
+    assert len(found.right) == QUANTITIES + more
     p, worst = smallest_p(found.right)
     assert p > LEVEL, f"ranks of {worst} are not uniform: corrected p = {p:.2g}"
     for wrong in (found.no_drift, found.group_reused):
@@ -83,6 +88,11 @@ def check(found: Ranks) -> None:
 
 def test_exact_engine_is_calibrated() -> None:
     check(ranks(EXACT, 300, 41))
+
+
+@pytest.mark.slow
+def test_exact_engine_is_calibrated_with_discrepancies() -> None:
+    check(ranks(EXACT, 200, 45, BENT), DISCREPANCIES)
 
 
 @pytest.mark.slow

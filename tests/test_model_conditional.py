@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from scipy.stats import beta, gamma, kstest, multivariate_normal, norm
 from scipy.stats import t as student
 from simulation import (
+    BENT,
     BLOCK,
     PRIORS,
     THREE,
@@ -29,6 +30,7 @@ from simulation import (
 )
 
 from hfdtl_bayes.errors import InputError, StatisticsError
+from hfdtl_bayes.features import FeatureSet
 from hfdtl_bayes.model import LatencyPosterior, SamplerSettings, fit
 from hfdtl_bayes.model.conditional import ConditionalSettings, Conditioned, condition, scaled_information
 from hfdtl_bayes.model.error_grid import ErrorPrior, propose
@@ -76,6 +78,7 @@ TARGETS = {
     "many rows, a donor's hardware": lambda: made(42, (*OTHERS, configuration("target", "H100", 2)), (60, 40, 80, 2000)),
     "new hardware between two others": lambda: made(43, (*OTHERS, configuration("target", "B200", 4)), (60, 40, 80, 100)),
     "blocks of one row": lambda: alone(made(44, (*OTHERS, configuration("target", "A100", 4)), (60, 40, 80, 40))),
+    "discrepancies": lambda: made(46, (*OTHERS, configuration("target", "H100", 4)), (60, 40, 80, 300), features=BENT),
     "drift switched off": lambda: made(45, (*OTHERS, configuration("target", "Z1", 4)), (60, 40, 80, 60), priors=NO_DRIFT),
 }
 
@@ -101,7 +104,7 @@ def agree(names: Sequence[str]) -> None:
     assert verdict.excess < student.isf(LEVEL, len(found) - 1), str(verdict)
 
 
-FAST = ("many rows, a donor's hardware", "new hardware between two others")
+FAST = ("many rows, a donor's hardware", "new hardware between two others", "discrepancies")
 
 
 def test_draws_agree_with_those_of_a_joint_refit() -> None:
@@ -137,8 +140,8 @@ def test_what_is_kept_of_a_draw_is_that_of_the_density_however_many_there_are() 
 
 
 @cache
-def small() -> tuple[Simulated, LatencyPosterior]:
-    data = simulate(51, THREE, TINY, PRIORS, (30, 20, 14))
+def small(features: FeatureSet = TINY) -> tuple[Simulated, LatencyPosterior]:
+    data = simulate(51, THREE, features, PRIORS, (30, 20, 14))
     return data, donors_of(data, SamplerSettings(draws=50, tune=200, chains=2))
 
 
@@ -155,7 +158,7 @@ def predictive_of_rows(
     joint = dense(data, donor_draw(donors, s))
     own = slice(sum(len(f) for f in data.frames[:-1]), None)
     others = slice(0, own.start)
-    k = len(TINY.varying)
+    k = len(data.features.varying)
     every = np.vstack([joint.rows, np.eye(len(joint.latent_mean))[-k:]])
     mean, covariance = every @ joint.latent_mean, every @ joint.latent_covariance @ every.T
     noisy = covariance[others, others] + joint.error_covariance[others, others]
@@ -166,8 +169,9 @@ def predictive_of_rows(
     return mean[own.start :], covariance[own.start :, own.start :], joint.observed[rows], np.array([len(every) - k - own.start])
 
 
-def test_the_marginal_likelihood_is_that_of_the_dense_gaussian() -> None:
-    data, donors = small()
+@pytest.mark.parametrize("features", [TINY, BENT], ids=["without discrepancy", "with discrepancies"])
+def test_the_marginal_likelihood_is_that_of_the_dense_gaussian(features: FeatureSet) -> None:
+    data, donors = small(features)
     prior = NewConfiguration(donors, THREE[-1])
     rows, reference = scaled_information(data.statistics[-1], donors, prior.density.scale)
     pool = prior.pool(1, 1).around(reference)
@@ -337,7 +341,7 @@ def test_draws_of_the_population_are_its_posterior_and_draws_of_a_value_its_dens
 # --- Simulation-based calibration. ---
 
 
-def ranks(order: Sequence[int], count: int, seed: int) -> tuple[Places, int]:
+def ranks(order: Sequence[int], count: int, seed: int, features: FeatureSet = TINY) -> tuple[Places, int]:
     """Places of the truths among draws conditioned on the last of three configurations, and how often weights degenerated.
 
     Every replication has donors of its own: targets drawn from one fit of donors would share its errors. As in use, where weights
@@ -348,20 +352,20 @@ def ranks(order: Sequence[int], count: int, seed: int) -> tuple[Places, int]:
     configurations = [THREE[i] for i in order]
     found, refits = [], 0
     for i in range(count):
-        data = simulate([seed, i], configurations, TINY, PRIORS, (40, 30, 25))
+        data = simulate([seed, i], configurations, features, PRIORS, (40, 30, 25))
         one = conditioned(donors_of(data, settings, seed=i), data, limits, seed=i)
         posterior = one.posterior
         # Fits as short as these do not pass for converged, and need not: their ranks are judged.
         if one.reweighting.pareto_k > limits.max_pareto_k or one.reweighting.effective < limits.min_effective:
             refits += 1
-            posterior = fit(data.statistics, TINY, PRIORS, settings, seed=i, show_progress=False)
+            posterior = fit(data.statistics, features, PRIORS, settings, seed=i, show_progress=False)
         draws = {n: v.reshape(-1, *v.shape[2:])[::8] for n, v in variables(posterior).items()}
         found.append(places_of(data, draws, data.truth, np.random.default_rng([seed, i, 1])))
     return stacked(found), refits
 
 
-def check(order: Sequence[int], count: int, seed: int) -> None:
-    found, refits = ranks(order, count, seed)
+def check(order: Sequence[int], count: int, seed: int, features: FeatureSet = TINY) -> None:
+    found, refits = ranks(order, count, seed, features)
     p, worst = smallest_p(found)
     assert p > LEVEL, f"ranks of {worst} are not uniform: corrected p = {p:.2g}"
     assert refits < count / 4
@@ -370,6 +374,12 @@ def check(order: Sequence[int], count: int, seed: int) -> None:
 def test_conditioning_is_calibrated() -> None:
     """The target on hardware of its own."""
     check((0, 1, 2), 30, 81)
+
+
+@pytest.mark.slow
+@pytest.mark.slow
+def test_conditioning_is_calibrated_with_discrepancies() -> None:
+    check((0, 2, 1), 200, 83, BENT)
 
 
 @pytest.mark.slow

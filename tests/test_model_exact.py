@@ -16,18 +16,22 @@ from numpy.typing import NDArray
 from scipy.special import betaln, expit, gammaln, log_expit
 from scipy.stats import gamma, multivariate_normal, norm
 from simulation import (
+    BENT,
     PRIORS,
     THREE,
     TINY,
     Dense,
     Parameters,
     Simulated,
+    bent_features,
     configuration,
     dense,
     deviation_size,
     group_sd_prior,
     hardware_of,
     loading,
+    observe,
+    own_spread,
     simulate,
     tiny_features,
 )
@@ -50,6 +54,9 @@ PROBLEMS = {
     "two rows": simulate(5, THREE[:1], rows=(2,)),
     "fewer rows than coefficients beside many": simulate(6, rows=(1, 2, 90)),
     "blocks of one row": simulate(7, rows=20, block=1),
+    "discrepancies": simulate(8, features=BENT),
+    "discrepancies, few rows": simulate(9, rows=(1, 3, 20), features=BENT),
+    "discrepancies, one configuration": simulate(10, THREE[:1], rows=(50,), features=BENT),
 }
 
 
@@ -172,14 +179,16 @@ def test_a_new_configuration_has_its_exact_predictive_mean_and_covariance(name: 
     for x in points(density, 19, count=2):
         scales = scales_at(density, x)
         mean, covariance = dense(data, scales).conditional()
-        variance = scales["tau"] ** 2 * deviation_size(TINY) ** 2
+        own_sd = scales["tau"] * deviation_size(data.features)
         share = float(scales["hardware_share"])
-        make = np.zeros((K, len(mean)))
-        make[:, :4] = loading(TINY, own)
+        k = len(data.features.varying)
+        make = np.zeros((k, len(mean)))
+        make[:, :4] = loading(data.features, own)
         if gpu in names:
             at = 4 + names.index(gpu) * K
-            make[:, at : at + K] = np.eye(K)
-            variance = (1 - share) * variance
+            make[:, at : at + K] = np.eye(k, K)
+            own_sd = np.sqrt(1 - share) * own_sd
+        variance = own_spread(own_sd, data.features) ** 2
         found_mean, found_covariance = density.predictive(x[None], own)
         expected = make @ covariance @ make.T + np.diag(variance)
         sd = np.sqrt(np.diag(expected))
@@ -188,9 +197,64 @@ def test_a_new_configuration_has_its_exact_predictive_mean_and_covariance(name: 
         # And what its coefficients would say of everything fitted.
         parts = density.covariance_with(x[None], own)
         assert list(parts) == ["population", "hardware_effect", "theta"]
-        found = np.concatenate([v[0].reshape(-1, K) for v in parts.values()])
+        found = np.concatenate([v[0].reshape(-1, k) for v in parts.values()])
         every = np.outer(np.sqrt(np.diag(covariance)), sd)
         np.testing.assert_allclose(found / every, covariance @ make.T / every, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_levels_of_a_fitted_configuration_add_up_to_its_conditional(name: str) -> None:
+    data = PROBLEMS[name]
+    density, k = engine(data), len(data.features.varying)
+    for x in points(density, 23, count=2):
+        mean, covariance = dense(data, scales_at(density, x)).conditional()
+        for c, own in enumerate(data.configurations):
+            at = len(mean) - (len(data.configurations) - c) * k
+            of = slice(at, at + k)
+            found, levels = density.levels(x[None], own, fitted=c)
+            sd = np.sqrt(np.diag(covariance)[of])
+            np.testing.assert_allclose((found[0] - mean[of]) / sd, 0, atol=1e-6)
+            total = (levels.population + levels.hardware + levels.own)[0]
+            np.testing.assert_allclose(total / np.outer(sd, sd), covariance[of, of] / np.outer(sd, sd), atol=1e-6)
+            # What is left of the discrepancy once the pooled coefficients are known.
+            schur = np.zeros((k, k))
+            inner = np.linalg.inv(covariance[of, of])[K:, K:]
+            schur[K:, K:] = np.linalg.inv(inner) if k > K else 0.0
+            np.testing.assert_allclose(levels.discrepancy[0] / np.outer(sd, sd), schur / np.outer(sd, sd), atol=1e-6)
+
+
+@pytest.mark.parametrize("sd", [1e-5, 1e-7])
+def test_a_discrepancy_that_is_believed_to_be_nothing_is_none(sd: float) -> None:
+    data = PROBLEMS["discrepancies"]
+    with_none = ExactDensity(replace(data, features=TINY).statistics, TINY, PRIORS)
+    bent = bent_features(sd)
+    with_small = ExactDensity(replace(data, features=bent).statistics, bent, PRIORS)
+    x = np.array(points(with_none, 29))
+    one, two = with_none.log_density(x), with_small.log_density(x)
+    # The reference is another one, and with it what is left out of the log density.
+    np.testing.assert_allclose(two[0] - two[0][0], one[0] - one[0][0], atol=1e-6)
+    np.testing.assert_allclose(two[1], one[1], atol=1e-6 * np.abs(one[1]).max())
+    for found, expected in zip(with_small.population(x), with_none.population(x), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-9)
+
+
+def test_a_planted_bend_is_recovered() -> None:
+    """Many rows with little noise: each configuration's own bend, though nothing is shared and half of them have the other sign."""
+    own = [configuration(f"c{i}", "H100" if i % 2 else "L4", 2**i) for i in range(4)]
+    base = simulate(31, own, BENT, PRIORS, rows=1500)
+    bends = np.array([[0.3, -0.1], [-0.25, 0.2], [0.1, 0.3], [-0.2, -0.3]])
+    theta = np.column_stack([base.truth["theta"][:, :K], bends])
+    rng = np.random.default_rng(32)
+    frames = tuple(observe(rng, f, c, BENT, theta[i], 0.02, 0.01) for i, (f, c) in enumerate(zip(base.frames, own, strict=True)))
+    data = replace(base, frames=frames)
+    tree = sample_exact(data.statistics, BENT, PRIORS, SamplerSettings(200, 200, 2), seed=5, show_progress=False)
+    drawn_theta = tree["posterior"]["theta"].to_numpy().reshape(-1, *theta.shape)
+    mean, sd = drawn_theta.mean(axis=0), drawn_theta.std(axis=0)
+    assert (np.abs(mean - theta) < 4 * sd).all()
+    # Both together are nearly the constant; how much they differ is what rows tell, and is not left to the belief of 0.28.
+    bend = drawn_theta[..., K] - drawn_theta[..., K + 1]
+    assert (bend.std(axis=0) < 0.03).all()
+    assert np.abs(bend.mean(axis=0) - (bends[:, 0] - bends[:, 1])).max() < 0.08
 
 
 def test_the_effects_of_hardware_are_their_scores_times_their_sd() -> None:

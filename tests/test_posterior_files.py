@@ -153,7 +153,7 @@ def rewrite_header(path: Path, **changes: object) -> None:
 
 def test_another_file_format_is_refused(path: Path) -> None:
     rewrite_header(path, format=99, package_version="9.9")
-    refused(path, r"file format 99, written by version 9\.9; this version reads format 3")
+    refused(path, r"file format 99, written by version 9\.9; this version reads format 4")
 
 
 @pytest.mark.parametrize(

@@ -42,6 +42,11 @@ class Level(StrEnum):
     RESIDUAL = "residual"
     """Shared mean and per-configuration group effect; the first residual feature is the constant 1."""
 
+    DISCREPANCY = "discrepancy"
+    """Each configuration's own, around zero with an sd that is given: nothing is shared and nothing is learned for others. What the
+    other features leave of a configuration's misfit, as a belief about the model and not about the machine (Kennedy & O'Hagan 2001,
+    doi:10.1111/1467-9868.00294; Brynjarsdottir & O'Hagan 2014, doi:10.1088/0266-5611/30/11/114007)."""
+
 
 @dataclass(frozen=True)
 class PriorRange:
@@ -94,10 +99,10 @@ class Feature:
     columns : tuple of str
         Trace columns the formula reads; empty for config features.
     compute : callable
-        ``compute(frame, configuration) -> array (n,)`` for base and residual features, and
-        ``compute(None, configuration) -> float`` for config features.
+        ``compute(frame, configuration) -> array (n,)``, and ``compute(None, configuration) -> float`` for config features.
     prior : PriorRange
-        Prior of the population coefficient, in multiples of `reference`.
+        Prior of the population coefficient, in multiples of `reference`. Of a discrepancy feature that of each configuration's own
+        coefficient, the same distance to both sides of zero.
     reference : float
         A physical size of the coefficient, in its own unit: the scale on which the prior, the group deviations
         and the numerics live. A constant, never computed from data.
@@ -112,6 +117,22 @@ class Feature:
     columns: tuple[str, ...] = ()
     reference: float = 1.0
 
+    def __post_init__(self) -> None:
+        """Refuse a discrepancy that is believed to have a sign.
+
+        Raises
+        ------
+        InputError
+            If the range of a discrepancy feature is not symmetric around zero.
+        """
+        low, high = self.prior.low, self.prior.high
+        if self.level is Level.DISCREPANCY and abs(low + high) > 1e-9 * (high - low):
+            raise InputError(
+                f"discrepancy feature {self.name!r} has the prior range ({low}, {high}); what a model leaves has mean zero in the next "
+                f"configuration, so give the same distance to both sides, such as ({-max(abs(low), abs(high))}, "
+                f"{max(abs(low), abs(high))}), or make it a residual feature, whose mean is learned"
+            )
+
     @property
     def coefficient_unit(self) -> str:
         """Unit of the coefficient: seconds per unit of the column."""
@@ -121,6 +142,10 @@ class Feature:
         """Return the prior as a sentence a planner can agree or disagree with."""
         low, high = self.prior.low * self.reference, self.prior.high * self.reference
         unit = "" if self.coefficient_unit == "1" else f" {self.coefficient_unit}"
+        if self.level is Level.DISCREPANCY:
+            return (
+                f"90 % of configurations have a coefficient of {self.name} between {low:.3g} and {high:.3g}{unit}, each its own"
+            )
         return f"90 % of the population coefficient of {self.name} lies between {low:.3g} and {high:.3g}{unit}"
 
 
@@ -204,14 +229,34 @@ class FeatureSet:
         return tuple(f for f in self.features if f.level is Level.RESIDUAL)
 
     @property
-    def varying(self) -> tuple[Feature, ...]:
-        """Base and residual features: the columns that vary by row, in the order of the `coef` dimension."""
+    def discrepancy(self) -> tuple[Feature, ...]:
+        """Discrepancy features, in order."""
+        return tuple(f for f in self.features if f.level is Level.DISCREPANCY)
+
+    @property
+    def pooled(self) -> tuple[Feature, ...]:
+        """Base and residual features, whose coefficients have a population: the `pooled_coef` dimension, first of `coef`."""
         return self.base + self.residual
+
+    @property
+    def varying(self) -> tuple[Feature, ...]:
+        """Base, residual and discrepancy features: the columns that vary by row, in the order of the `coef` dimension."""
+        return self.pooled + self.discrepancy
 
     @property
     def coef_names(self) -> tuple[str, ...]:
         """Names of the `coef` dimension."""
         return tuple(f.name for f in self.varying)
+
+    @property
+    def pooled_names(self) -> tuple[str, ...]:
+        """Names of the `pooled_coef` dimension."""
+        return tuple(f.name for f in self.pooled)
+
+    @property
+    def discrepancy_sd(self) -> FloatArray:
+        """Sd of each discrepancy coefficient, shape (J,), in reference units."""
+        return np.array([f.prior.sd for f in self.discrepancy])
 
     @property
     def columns(self) -> tuple[str, ...]:

@@ -237,30 +237,33 @@ def _variables(
     parent = pool.parent[chosen]
     own = {n: v[parent] for n, v in prior.draws.items()} | {n: v[chosen] for n, v in pool.scales.items()}
     tau = own["tau"]
-    k, scale = density.count_coef, density.scale
+    k, pooled, scale = density.count_coef, density.count_pooled, density.pooled_scale
     scaled = reference + _back_substituted(left[:, :k, :k], left[:, k, :k] + rng.standard_normal((len(chosen), k)))
     # A draw of theta from before its rows, made from this draw's population, so that both move together.
     share = own["hardware_share"][:, None]
     shared_sd, own_sd = np.sqrt(share) * tau * scale, np.sqrt(1 - share) * tau * scale
-    before = prior.centre[parent] + own_sd * rng.standard_normal(tau.shape)
-    new_effect = np.zeros((len(chosen), 0, k))
+    before = prior.centre[parent, :pooled] + own_sd * rng.standard_normal(tau.shape)
+    new_effect = np.zeros((len(chosen), 0, pooled))
     if prior.hardware is None:
         new_effect = (shared_sd * rng.standard_normal(tau.shape))[:, None]
         before = before + new_effect[:, 0]
-    step = (pool.precision[chosen] @ (scaled - before / scale)[..., None])[..., 0]
+    # The discrepancy is its own: nothing moves with it, and it moves with no other.
+    step = np.matvec(pool.precision[chosen, :pooled, :pooled], scaled[:, :pooled] - before / scale)
     moves = (prior.gains(*weighed.key, chosen) @ step[..., None])[..., 0]
     if prior.hardware is None:
         new_effect = new_effect + (shared_sd**2 * step / scale)[:, None]
     sizes = [own[n].shape[1] if n in own else 0 for n in ("beta", "gamma", "delta")]
     count_hardware = len(density.hardware_names)
-    *population, effects, thetas = np.split(moves, np.cumsum([*sizes, count_hardware * k]), axis=1)
+    *population, effects, thetas = np.split(moves, np.cumsum([*sizes, count_hardware * pooled]), axis=1)
     for name, move in zip(("beta", "gamma", "delta"), population, strict=True):
         if name in own:
             own[name] = own[name] + move
-    effect = np.concatenate([own["hardware_effect"] + effects.reshape(-1, count_hardware, k), new_effect], axis=1)
+    effect = np.concatenate([own["hardware_effect"] + effects.reshape(-1, count_hardware, pooled), new_effect], axis=1)
     names = [*density.hardware_names, *([prior.configuration.hardware.name] if prior.hardware is None else [])]
     effect = effect[:, np.argsort(names)]
-    theta = np.concatenate([own["theta"] + thetas.reshape(-1, density.count_config, k), (scaled * scale)[:, None]], axis=1)
+    theta = np.concatenate(
+        [own["theta"] + thetas.reshape(-1, density.count_config, k), (scaled * density.scale)[:, None]], axis=1
+    )
     own |= {"hardware_effect": effect, "theta": theta}
     own["sigma"] = np.column_stack([own["sigma"], weighed.sigma])
     if prior.has_drift:

@@ -45,7 +45,7 @@ def reference_coordinates(
     dict
         eta_directions V (C, K, K), eta_information h (C, K), eta_target b (C, K), eta_reference_sd D (C, K).
     """
-    sd = priors.deviation.gamma_median * deviation_scale(feature_set)
+    sd = np.concatenate([priors.deviation.gamma_median * deviation_scale(feature_set), feature_set.discrepancy_sd])
     directions, information, target = [], [], []
     for own in statistics:
         sigma, omega = reference_errors(own, priors)

@@ -19,6 +19,14 @@ conditional.
 
 The elimination is that of Gaussian hierarchical models in general: Lindley & Smith (1972), doi:10.1111/j.2517-6161.1972.tb00885.x.
 
+**Discrepancy** (`Level.DISCREPANCY`). Some of a configuration's coefficients, d_c ~ Normal(0, T^2) with T given, share nothing. With
+their columns last, G_c and h_c in blocks of pooled (p) and discrepancy (d) coefficients, they are eliminated first, and what is
+left of the rows is as if they had no such columns:
+
+    Q_c = I + T G_dd T        B = T G_dp        G_pp <- G_pp - B' Q_c^-1 B        h_p <- h_p - B' Q_c^-1 T h_d
+
+Everything above goes on with the pooled coefficients alone, and the coordinates do not grow.
+
 **Discounted donors** (`PriorSettings.discounts`). A donor's rows speak of everything shared (beta, gamma, delta, w, tau, rho) through
 
     L_c = p(rows of c | everything shared, sigma_c, omega_c),        theta_c integrated out,
@@ -49,7 +57,7 @@ from hfdtl_bayes.configuration import ServingConfiguration
 from hfdtl_bayes.features import FeatureSet
 from hfdtl_bayes.model.layout import hardware_index, hardware_names
 from hfdtl_bayes.model.moments import reference_errors
-from hfdtl_bayes.model.priors import PriorSettings, deviation_scale, population_mean, population_sd
+from hfdtl_bayes.model.priors import PriorSettings, coefficient_scale, deviation_scale, population_mean, population_sd
 from hfdtl_bayes.statistics import ConfigStatistics, config_to_constant
 
 FloatArray = NDArray[np.float64]
@@ -83,7 +91,7 @@ class Information:
     reference : ndarray, shape (C, K)
         Coefficients that `target` and `square` are taken around, so that nothing cancels: a least-squares fit drawn to the prior
         as far as the rows are silent. Without the prior, nearly collinear columns get huge opposite coefficients, and the
-        log density loses all its digits.
+        log density loses all its digits. Zero for those of the discrepancy, which are small by belief.
     """
 
     gram: FloatArray
@@ -94,7 +102,9 @@ class Information:
     reference: FloatArray
 
 
-def information(statistics: Sequence[ConfigStatistics], centre: FloatArray, size: FloatArray, errors: FloatArray) -> Information:
+def information(
+    statistics: Sequence[ConfigStatistics], centre: FloatArray, size: FloatArray, errors: FloatArray, pooled: int
+) -> Information:
     """Compute the Gram matrices of several configurations.
 
     Parameters
@@ -104,6 +114,8 @@ def information(statistics: Sequence[ConfigStatistics], centre: FloatArray, size
         Prior mean of each configuration's coefficients and how far they may lie from it.
     errors : ndarray, shape (C, 2)
         Rough relative sds of noise and drift, to weigh rows against the prior.
+    pooled : int
+        How many coefficients are pooled, K0; the rest are discrepancy.
     """
     k = len(statistics[0].coef_names)
     width = max(len(s.strata) for s in statistics)
@@ -115,7 +127,7 @@ def information(statistics: Sequence[ConfigStatistics], centre: FloatArray, size
         sigma, omega = errors[c]
         weighed = [s.triangle / np.sqrt(sigma**2 + s.multiplier * omega**2) for s in own.strata]
         stacked = np.vstack([*weighed, np.column_stack([np.diag(1 / size[c]), centre[c] / size[c]])])
-        reference[c] = np.linalg.lstsq(stacked[:, :k], stacked[:, k])[0]
+        reference[c, :pooled] = np.linalg.lstsq(stacked[:, :k], stacked[:, k])[0][:pooled]
         for j, stratum in enumerate(own.strata):
             design = stratum.triangle[:, :k]
             left = stratum.triangle[:, k] - design @ reference[c]
@@ -126,8 +138,37 @@ def information(statistics: Sequence[ConfigStatistics], centre: FloatArray, size
 
 
 @dataclass(frozen=True)
+class Discrepancy:
+    """The discrepancy given the pooled coefficients, for one or many values of the scales: Normal(mean - lever theta, covariance).
+
+    theta is relative to the reference; shapes (..., C, J), (..., C, J, K0) and (..., C, J, J).
+    """
+
+    mean: FloatArray
+    lever: FloatArray
+    covariance: FloatArray
+
+    def all_of(self, theta: FloatArray) -> FloatArray:
+        """Return the mean of all coefficients, shape (..., C, K), at a mean of the pooled ones, (..., C, K0)."""
+        return np.concatenate([theta, self.mean - np.matvec(self.lever, theta)], axis=-1)
+
+    def covariance_of_all(self, covariance: FloatArray) -> FloatArray:
+        """Return the covariance of all coefficients, shape (..., C, K, K), at a covariance of the pooled ones, (..., C, K0, K0)."""
+        k = covariance.shape[-1]
+        size = k + self.lever.shape[-2]
+        out = np.empty((*covariance.shape[:-2], size, size))
+        cross = -(self.lever @ covariance)
+        out[..., :k, :k], out[..., k:, :k], out[..., :k, k:] = covariance, cross, _t(cross)
+        out[..., k:, k:] = self.covariance - cross @ _t(self.lever)
+        return out
+
+
+@dataclass(frozen=True)
 class _Solved:
-    """Everything the elimination leaves, for one or many values of the scales (leading dimensions)."""
+    """Everything the elimination leaves, for one or many values of the scales (leading dimensions).
+
+    `gram` is of the pooled coefficients, the discrepancy eliminated; `discrepancy` is None where there is none.
+    """
 
     log_density: FloatArray
     variance: FloatArray
@@ -140,6 +181,7 @@ class _Solved:
     population_inverse: FloatArray
     population_mean: FloatArray
     gram: FloatArray
+    discrepancy: Discrepancy | None
 
 
 @dataclass(frozen=True)
@@ -153,21 +195,24 @@ class Levels:
     hardware : ndarray
         What the effect of its hardware leaves open once they are known.
     own : ndarray
-        What its own deviation leaves open once both are.
+        What its own deviation and its discrepancy leave open once both are.
+    discrepancy : ndarray
+        Of that, what its discrepancy leaves open once the pooled coefficients are known.
     """
 
     population: FloatArray
     hardware: FloatArray
     own: FloatArray
+    discrepancy: FloatArray
 
 
 def population_loading(feature_set: FeatureSet, config_row: FloatArray) -> FloatArray:
     """Return A, shape (K, B + G + D): what each of (beta, gamma, delta) contributes to a configuration's own coefficients.
 
-    Base and residual coefficients stand for themselves; `config_row`, shape (G,), shifts the constant.
+    Base and residual coefficients stand for themselves; `config_row`, shape (G,), shifts the constant; the discrepancy has zeros.
     """
-    base, config, k = len(feature_set.base), len(feature_set.config), len(feature_set.coef_names)
-    loading = np.zeros((k, k + config))
+    base, config, k = len(feature_set.base), len(feature_set.config), len(feature_set.pooled)
+    loading = np.zeros((len(feature_set.varying), k + config))
     loading[range(base), range(base)] = 1.0
     loading[range(base, k), range(base + config, k + config)] = 1.0
     loading[base, base : base + config] = config_row
@@ -185,15 +230,16 @@ class ExactDensity:
 
     Notes
     -----
-    Unconstrained coordinates, in order: log tau (K), logit rho, log sigma (C), log omega (C), log sigma_typical, log sigma_spread, log
-    omega_typical, log omega_spread. Without drift those of omega are minus infinity.
+    Unconstrained coordinates, in order: log tau (K0, of the pooled coefficients), logit rho, log sigma (C), log omega (C), log
+    sigma_typical, log sigma_spread, log omega_typical, log omega_spread. Without drift those of omega are minus infinity.
     """
 
     def __init__(self, statistics: Sequence[ConfigStatistics], feature_set: FeatureSet, priors: PriorSettings) -> None:
         self.priors = priors
-        self.scale = deviation_scale(feature_set)
+        self.scale, self.pooled_scale = coefficient_scale(feature_set), deviation_scale(feature_set)
         self.mean, self.sd = population_mean(feature_set), population_sd(feature_set)
-        self.count_config, self.count_coef = len(statistics), len(self.scale)
+        self.count_config, self.count_coef, self.count_pooled = len(statistics), len(self.scale), len(self.pooled_scale)
+        self.discrepancy_sd = feature_set.discrepancy_sd
         self.feature_set = feature_set
         self.hardware = hardware_index(statistics)
         self.hardware_names = hardware_names(statistics)
@@ -202,16 +248,19 @@ class ExactDensity:
         self.membership = np.zeros((count_hardware, self.count_config))
         self.membership[self.hardware, np.arange(self.count_config)] = 1.0
         loading = np.array([population_loading(feature_set, s.config_row) for s in statistics])
-        self.loading = loading * self.sd
+        k = self.count_pooled
+        self.loading = loading[:, :k] * self.sd
         centre = loading @ self.mean
-        size = np.hypot(np.sqrt((self.loading**2).sum(axis=2)), priors.deviation.gamma_median * self.scale)
+        own = np.concatenate([priors.deviation.gamma_median * self.pooled_scale, self.discrepancy_sd])
+        size = np.hypot(np.sqrt(((loading * self.sd) ** 2).sum(axis=2)), own)
         self.errors = np.array([reference_errors(s, priors) for s in statistics])
-        self.info = information(statistics, centre, size, self.errors)
-        self.offset = centre - self.info.reference
+        self.info = information(statistics, centre, size, self.errors, k)
+        self.offset = (centre - self.info.reference)[:, :k]
         # Contractions over strata as plain matrix products: numpy's einsum costs more than the arithmetic here.
         self._flat_gram = self.info.gram.reshape(self.count_config, -1, self.count_coef**2)
         self._stacked_loading = self.loading.reshape(-1, self.loading.shape[-1])
-        self._identity, self._population_identity = np.eye(self.count_coef), np.eye(len(self.mean))
+        self._identity, self._population_identity = np.eye(k), np.eye(len(self.mean))
+        self._discrepancy_identity = np.eye(self.count_coef - k)
         with np.errstate(divide="ignore"):
             self.start = self._start(np.log(self.errors))
 
@@ -221,7 +270,7 @@ class ExactDensity:
         drift_spread = p.drift_spread.log_mean if p.drift else -np.inf
         tails = [typical[0], p.noise_spread.log_mean, typical[1], drift_spread]
         return np.concatenate(
-            [np.full(self.count_coef, np.log(p.deviation.gamma_median)), [0.0], errors[:, 0], errors[:, 1], tails]
+            [np.full(self.count_pooled, np.log(p.deviation.gamma_median)), [0.0], errors[:, 0], errors[:, 1], tails]
         )
 
     @property
@@ -231,7 +280,7 @@ class ExactDensity:
 
     def split(self, x: FloatArray) -> tuple[FloatArray, ...]:
         """Split coordinates (..., size) into log tau, logit rho, log sigma, log omega and the four population scales."""
-        k, c = self.count_coef, self.count_config
+        k, c = self.count_pooled, self.count_config
         rest = k + 1 + 2 * c
         scales = (x[..., :k], x[..., k], x[..., k + 1 : k + 1 + c], x[..., k + 1 + c : rest])
         return (*scales, x[..., rest], x[..., rest + 1], x[..., rest + 2], x[..., rest + 3])
@@ -250,20 +299,48 @@ class ExactDensity:
             return np.concatenate([*columns, *(np.log(p)[:, None] for p in populations)], axis=1)
 
     def _sds(self, log_tau: FloatArray, logit: FloatArray) -> tuple[FloatArray, FloatArray]:
-        """Return the sds of a configuration's own deviations and of those of its hardware, (..., K).
+        """Return the sds of a configuration's own deviations and of those of its hardware, (..., K0).
 
         The parts of the variance are taken from the log odds: 1 - share would be zero long before the own part is.
         """
-        total = np.exp(log_tau) * self.scale
+        total = np.exp(log_tau) * self.pooled_scale
         own = np.exp(0.5 * log_expit(-logit))[..., None] * total
         return own, np.exp(0.5 * log_expit(logit))[..., None] * total
+
+    def without_discrepancy(
+        self, gram: FloatArray, target: FloatArray
+    ) -> tuple[FloatArray, FloatArray, FloatArray | float, Discrepancy | None]:
+        """Eliminate the discrepancy from the information of configurations, shapes (..., C, K, K) and (..., C, K).
+
+        Returns
+        -------
+        gram, target : ndarray, shapes (..., C, K0, K0) and (..., C, K0)
+            Information of the pooled coefficients, relative to the reference.
+        gained : ndarray, shape (..., C), or float
+            Twice what the elimination adds to the log density.
+        discrepancy : Discrepancy or None
+            Given the pooled coefficients; None if the feature set has none.
+        """
+        k, sd = self.count_pooled, self.discrepancy_sd
+        if not len(sd):
+            return gram, target, 0.0, None
+        inner = sd[:, None] * gram[..., k:, k:] * sd + self._discrepancy_identity
+        inverse = np.linalg.inv(inner)
+        covariance = sd[:, None] * inverse * sd
+        cross, left = gram[..., k:, :k], target[..., k:]
+        lever = covariance @ cross
+        mean = np.matvec(covariance, left)
+        reduced = gram[..., :k, :k] - _t(cross) @ lever
+        gained = np.vecdot(left, mean) - np.linalg.slogdet(inner)[1]
+        return reduced, target[..., :k] - np.vecmat(mean, cross), gained, Discrepancy(mean, lever, covariance)
 
     def _solve(self, own_sd: FloatArray, shared_sd: FloatArray, sigma: FloatArray, omega: FloatArray) -> _Solved:
         k = self.count_coef
         variance = np.square(sigma)[..., None] + self.info.multiplier * np.square(omega)[..., None]
         weight = 1.0 / variance
         gram = np.vecmat(weight, self._flat_gram).reshape(*weight.shape[:-1], k, k)
-        target = np.vecmat(weight, self.info.target)
+        gram, target, gained, discrepancy = self.without_discrepancy(gram, np.vecmat(weight, self.info.target))
+        k = self.count_pooled
         own_column = own_sd[..., None, :, None]
         own_row = own_sd[..., None, None, :]
         own = own_column * gram * own_row + self._identity
@@ -307,7 +384,7 @@ class ExactDensity:
         vector = vector - np.vecmat(inner_target.reshape(stacked_map.shape[:-1]), stacked_map)
         population_inverse = np.linalg.inv(precision)
         population = np.matvec(population_inverse, vector)
-        per_config = np.vecdot(self.info.count, np.log(variance)) + np.vecdot(weight, self.info.square) - explained
+        per_config = np.vecdot(self.info.count, np.log(variance)) + np.vecdot(weight, self.info.square) - explained - gained
         log_density = -0.5 * (
             np.vecdot(self.counts, per_config + np.linalg.slogdet(own)[1])
             + (np.linalg.slogdet(hardware)[1] - np.vecdot(hardware_target, inner_target)).sum(axis=-1)
@@ -316,7 +393,7 @@ class ExactDensity:
         )
         return _Solved(
             log_density, variance, own_inverse, shrink, scaled_target, hardware_inverse, inner, inner_target,
-            population_inverse, population, gram,
+            population_inverse, population, gram, discrepancy,
         )  # fmt: skip
 
     def _solved_at(self, x: FloatArray) -> tuple[FloatArray, FloatArray, _Solved]:
@@ -359,6 +436,8 @@ class ExactDensity:
         eta_variance = np.diagonal(s.own_inverse, axis1=-2, axis2=-1) + np.vecdot(lever @ centre_covariance, lever)
         theta = self.offset + centre + own_row * eta
         covariance = s.shrink @ centre_covariance @ _t(s.shrink) + own_column * s.own_inverse * own_row[..., None, :]
+        if s.discrepancy is not None:
+            theta, covariance = s.discrepancy.all_of(theta), s.discrepancy.covariance_of_all(covariance)
         own_square = np.vecmat(self.counts, eta * eta + eta_variance)
         shared_square = (effect * effect + np.diagonal(effect_covariance, axis1=-2, axis2=-1)).sum(axis=-2)
         # Expected squared residual of each stratum; theta is relative to the reference, as target and square are.
@@ -366,7 +445,7 @@ class ExactDensity:
         expected = np.matvec(self._flat_gram, second.reshape(*theta.shape[:-1], -1))
         expected = expected + self.info.square - 2 * np.matvec(self.info.target, theta)
         by_variance = self.counts[:, None] * (expected / s.variance - self.info.count) / s.variance
-        k, c, h = self.count_coef, self.count_config, len(self.membership)
+        k, c, h = self.count_pooled, self.count_config, len(self.membership)
         counted = self.counts.sum()
         value, gradient = self._log_prior(log_tau, logit, log_sigma, log_omega, populations)
         gradient[..., :k] += own_square + shared_square - (counted + h)
@@ -380,7 +459,7 @@ class ExactDensity:
         self, log_tau: FloatArray, logit: FloatArray, log_sigma: FloatArray, log_omega: FloatArray, populations: list[FloatArray]
     ) -> tuple[FloatArray, FloatArray]:
         """Return the log prior density of the unconstrained coordinates and its gradient."""
-        p, k, c = self.priors, self.count_coef, self.count_config
+        p, k, c = self.priors, self.count_pooled, self.count_config
         gradient = np.zeros((*log_tau.shape[:-1], self.size))
         shape, mean = p.deviation.gamma_shape, p.deviation.gamma_rate * np.exp(log_tau)
         value = (shape * log_tau - mean).sum(axis=-1) + p.hardware_share * (log_expit(logit) + log_expit(-logit))
@@ -443,6 +522,8 @@ class ExactDensity:
 
             Cov(theta) = Cov(E[theta | phi]) + E[Cov(E[theta | phi, w_h] | phi)] + E[Cov(theta | phi, w_h)]
 
+        The discrepancy of a new configuration is its own; of a fitted one the three levels of the others move it too.
+
         Parameters
         ----------
         x : ndarray, shape (S, size)
@@ -457,11 +538,12 @@ class ExactDensity:
         levels : Levels
         """
         own_sd, shared_sd, s = self._solved_at(x)
-        loading = population_loading(self.feature_set, config_to_constant(self.feature_set, configuration))
+        k = self.count_pooled
+        loading = population_loading(self.feature_set, config_to_constant(self.feature_set, configuration))[:k]
         mean = (self.mean + self.sd * s.population_mean) @ loading.T
         slope = np.broadcast_to(loading * self.sd, (len(x), *loading.shape))
-        name, diagonal = configuration.hardware.name, np.arange(self.count_coef)
-        hardware, own = np.zeros((2, len(x), self.count_coef, self.count_coef))
+        name, diagonal = configuration.hardware.name, np.arange(k)
+        hardware, own = np.zeros((2, len(x), k, k))
         if name in self.hardware_names:
             h = self.hardware_names.index(name)
             mapped = s.hardware_map[:, h]
@@ -476,12 +558,28 @@ class ExactDensity:
         else:
             # Its own rows pull the coefficients from the centre: I - D M^-1 D G = D M^-1 D^-1 of the centre is left.
             shrink, gram = s.shrink[:, fitted], s.gram[:, fitted]
-            centre = mean - self.info.reference[fitted] - self.offset[fitted]
+            centre = mean - self.info.reference[fitted, :k] - self.offset[fitted]
             left = s.own_target[:, fitted] - own_sd * np.matvec(gram, centre)
             mean = mean + own_sd * np.matvec(s.own_inverse[:, fitted], left)
             slope, hardware = shrink @ slope, shrink @ hardware @ _t(shrink)
             own = own_sd[:, :, None] * s.own_inverse[:, fitted] * own_sd[:, None, :]
-        return mean, Levels(slope @ s.population_inverse @ _t(slope), hardware, own)
+        population = slope @ s.population_inverse @ _t(slope)
+        if s.discrepancy is None:
+            return mean, Levels(population, hardware, own, np.zeros_like(own))
+        # All coefficients are linear in the pooled ones, T = [I; -L], with an error of the discrepancy's own.
+        sd, lever = self.discrepancy_sd, np.zeros((len(x), self.count_coef - k, k))
+        left, error = np.zeros((len(x), len(sd))), np.broadcast_to(np.diag(sd**2), (len(x), len(sd), len(sd)))
+        if fitted is not None:
+            lever, error = s.discrepancy.lever[:, fitted], s.discrepancy.covariance[:, fitted]
+            left = s.discrepancy.mean[:, fitted] - np.matvec(lever, mean - self.info.reference[fitted, :k])
+        above, within = Discrepancy(left, lever, np.zeros_like(error)), Discrepancy(left, lever, error)
+        levels = Levels(
+            above.covariance_of_all(population),
+            above.covariance_of_all(hardware),
+            within.covariance_of_all(own),
+            within.covariance_of_all(np.zeros_like(own)),
+        )
+        return np.concatenate([mean, left], axis=1), levels
 
     def covariance_with(self, x: FloatArray, configuration: ServingConfiguration) -> dict[str, FloatArray]:
         """Return how everything fitted varies with the coefficients of a configuration that is not, given the scales and the rows.
@@ -495,12 +593,13 @@ class ExactDensity:
         -------
         dict
             Covariances with the coefficients `predictive` describes, in reference units: of `population`, shape (S, P, K), of
-            `hardware_effect`, shape (S, H, K, K), of `theta`, shape (S, C, K, K).
+            `hardware_effect`, shape (S, H, K0, K), of `theta`, shape (S, C, K, K). Nothing varies with a new discrepancy.
         """
         _, shared_sd, s = self._solved_at(x)
-        slope = population_loading(self.feature_set, config_to_constant(self.feature_set, configuration)) * self.sd
+        k = self.count_pooled
+        slope = population_loading(self.feature_set, config_to_constant(self.feature_set, configuration))[:k] * self.sd
         name = configuration.hardware.name
-        shared = np.zeros((len(x), len(self.hardware_names), self.count_coef, self.count_coef))
+        shared = np.zeros((len(x), len(self.hardware_names), k, k))
         if name in self.hardware_names:
             h = self.hardware_names.index(name)
             slope = slope - shared_sd[..., None] * s.hardware_map[:, h]
@@ -509,7 +608,12 @@ class ExactDensity:
         population = s.population_inverse @ _t(np.broadcast_to(slope, (len(x), *slope.shape[-2:])))
         shared = shared_sd[:, None, :, None] * (shared - s.hardware_map @ population[:, None])
         centre = self.loading @ population[:, None] + shared[:, self.hardware]
-        return {"population": self.sd[:, None] * population, "hardware_effect": shared, "theta": s.shrink @ centre}
+        found = {"population": self.sd[:, None] * population, "hardware_effect": shared, "theta": s.shrink @ centre}
+        if s.discrepancy is None:
+            return found
+        found["theta"] = np.concatenate([found["theta"], -(s.discrepancy.lever @ found["theta"])], axis=2)
+        more = self.count_coef - k
+        return {n: np.concatenate([v, np.zeros((*v.shape[:-1], more))], axis=-1) for n, v in found.items()}
 
     def draw(self, x: FloatArray, rng: np.random.Generator) -> dict[str, FloatArray]:
         """Draw the coefficients exactly, once for each value of the scales.
@@ -537,7 +641,11 @@ class ExactDensity:
         centre = (self.loading @ xi[:, None, :, None])[..., 0] + hardware[:, self.hardware]
         left = s.own_target - own_sd[:, None, :] * (s.gram @ centre[..., None])[..., 0]
         eta = (s.own_inverse @ left[..., None])[..., 0] + normal(s.own_inverse)
-        theta = self.info.reference + self.offset + centre + own_sd[:, None, :] * eta
+        theta = self.offset + centre + own_sd[:, None, :] * eta
+        if s.discrepancy is not None:
+            theta = s.discrepancy.all_of(theta)
+            theta[..., self.count_pooled :] += normal(s.discrepancy.covariance)
+        theta = self.info.reference + theta
         return {
             "population": self.mean + self.sd * xi,
             "tau": np.exp(log_tau),

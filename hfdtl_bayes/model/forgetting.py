@@ -92,7 +92,7 @@ def _variables(
     base, config = len(less.feature_set.base), len(less.feature_set.config)
     beta, gamma, delta = np.split(own.pop("population"), [base, base + config], axis=1)
     own = move_scales(own | {"beta": beta, "gamma": gamma, "delta": delta}, less.statistics, less, rng)
-    shared_sd = np.sqrt(own["hardware_share"])[:, None] * own["tau"] * density.scale
+    shared_sd = np.sqrt(own["hardware_share"])[:, None] * own["tau"] * density.pooled_scale
     own["hardware_effect_z"] = own["hardware_effect"] / shared_sd[:, None]
     return {n: v for n, v in own.items() if less.priors.drift is not None or not n.startswith("omega")}
 

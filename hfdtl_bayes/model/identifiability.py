@@ -142,11 +142,12 @@ def prior_moments(
 ) -> tuple[FloatArray, FloatArray]:
     """Return mean and covariance of a configuration's coefficients under the prior alone, shapes (K,) and (K, K).
 
-    A m and A S^2 A' + E[tau^2] scale^2: the deviation's own part and its hardware's add to the same variance.
+    A m and A S^2 A' + E[tau^2] scale^2: the deviation's own part and its hardware's add to the same variance. The discrepancy has its own.
     """
     loading = population_loading(feature_set, config_to_constant(feature_set, configuration))
     spread = loading * population_sd(feature_set)
-    covariance = spread @ spread.T + np.diag(_tau_square(priors) * deviation_scale(feature_set) ** 2)
+    own = np.concatenate([_tau_square(priors) * deviation_scale(feature_set) ** 2, feature_set.discrepancy_sd**2])
+    covariance = spread @ spread.T + np.diag(own)
     return loading @ population_mean(feature_set), covariance
 
 
@@ -195,6 +196,9 @@ def conditional_moments(posterior: LatencyPosterior) -> bool:
 def configuration_moments(posterior: LatencyPosterior, config_id: str, draws: int = DirectionSettings.draws) -> Moments:
     """Return what is known of a configuration's own coefficients under the prior, from the other configurations, and now.
 
+    Of its pooled coefficients, that is. Those of the discrepancy are beliefs by construction: what their rows leave open is meant to be
+    open, and no fault of the features.
+
     Parameters
     ----------
     posterior : LatencyPosterior
@@ -211,10 +215,10 @@ def configuration_moments(posterior: LatencyPosterior, config_id: str, draws: in
     features, priors = posterior.feature_set, posterior.priors
     mean, prior = prior_moments(features, priors, own)
     c = posterior.config_ids.index(config_id)
-    names = features.coef_names
+    names, k = features.pooled_names, len(features.pooled)
     if not conditional_moments(posterior):
-        theta = posterior.draws_of("theta")[:, c]
-        return Moments(names, mean, prior, theta.mean(axis=0), np.cov(theta.T), None)
+        theta = posterior.draws_of("theta")[:, c, :k]
+        return Moments(names, mean[:k], prior[:k, :k], theta.mean(axis=0), np.cov(theta.T), None)
     chosen = _chosen(posterior, draws)
     rest = [i for i in range(len(posterior.config_ids)) if i != c]
     statistics = posterior.statistics
@@ -223,15 +227,16 @@ def configuration_moments(posterior: LatencyPosterior, config_id: str, draws: in
         m1, v1 = others.predictive(drawn_coordinates(posterior, others, rest, chosen), own)
     else:
         tau = posterior.draws_of("tau")[chosen] * deviation_scale(features)
-        shared = prior - np.diag(_tau_square(priors) * deviation_scale(features) ** 2)
-        m1, v1 = np.tile(mean, (len(tau), 1)), shared + tau[:, :, None] ** 2 * np.eye(len(mean))
+        m1, v1 = np.tile(mean, (len(tau), 1)), np.tile(prior, (len(tau), 1, 1))
+        v1[:, range(k), range(k)] += tau**2 - _tau_square(priors) * deviation_scale(features) ** 2
     information, vector = own_information(posterior, c, chosen, m1)
     root = np.linalg.cholesky(v1)
     spread = np.swapaxes(root, 1, 2)
     v2 = root @ np.linalg.inv(np.eye(len(mean)) + spread @ information @ root) @ spread
     m2 = m1 + (v2 @ vector[..., None])[..., 0]
     after_mean, after = _mixture(m2, v2)
-    return Moments(names, mean, prior, after_mean, after, _mixture(m1, v1)[1])
+    others_only = _mixture(m1, v1)[1]
+    return Moments(names, mean[:k], prior[:k, :k], after_mean[:k], after[:k, :k], others_only[:k, :k])
 
 
 def own_information(

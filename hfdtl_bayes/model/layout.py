@@ -20,10 +20,10 @@ from hfdtl_bayes.statistics import ConfigStatistics, pseudo_rows
 VARIABLE_DIMS: Mapping[str, tuple[str, ...]] = {
     "sigma": ("config",),
     "omega": ("config",),
-    "hardware_effect_z": ("hardware", "coef"),
-    "hardware_effect": ("hardware", "coef"),
+    "hardware_effect_z": ("hardware", "pooled_coef"),
+    "hardware_effect": ("hardware", "pooled_coef"),
     "theta": ("config", "coef"),
-    "tau": ("coef",),
+    "tau": ("pooled_coef",),
     "hardware_share": (),
     "beta": ("base",),
     "gamma": ("config_feature",),
@@ -87,6 +87,7 @@ def coordinate_values(statistics: Sequence[ConfigStatistics], feature_set: Featu
         "config_feature": [f.name for f in feature_set.config],
         "residual": [f.name for f in feature_set.residual],
         "coef": list(feature_set.coef_names),
+        "pooled_coef": list(feature_set.pooled_names),
         "hardware": list(hardware_names(statistics)),
     }
 
@@ -107,12 +108,6 @@ def check_posterior(
         If a variable is missing, has other dimensions or is not finite, or if labels differ or stand in another order.
     """
     expected = {name: labels for name, labels in coordinate_values(statistics, feature_set).items() if labels}
-    for name, labels in expected.items():
-        found = [str(v) for v in posterior[name].to_numpy()] if name in posterior.coords else []
-        if found != labels:
-            raise InputError(
-                f"the draws have for {name}, in this order, {', '.join(found) or 'nothing'}, not {', '.join(labels)}"
-            )
     for name, dims in {**VARIABLE_DIMS, **{n: SHAPE_DIMS[n] for n in SHAPES[likelihood]}}.items():
         if any(d not in expected for d in dims) or (name.startswith("omega") and not drift):
             continue
@@ -120,6 +115,12 @@ def check_posterior(
             raise InputError(f"there are no draws of {name} ({', '.join(('chain', 'draw', *dims))})")
         if not np.isfinite(posterior[name].to_numpy()).all():
             raise InputError(f"draws of {name} are not finite")
+    for name, labels in expected.items():
+        found = [str(v) for v in posterior[name].to_numpy()] if name in posterior.coords else []
+        if found != labels:
+            raise InputError(
+                f"the draws have for {name}, in this order, {', '.join(found) or 'nothing'}, not {', '.join(labels)}"
+            )
 
 
 def posterior_tree(

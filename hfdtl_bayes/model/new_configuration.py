@@ -176,14 +176,17 @@ class NewConfiguration:
         x = self.density.join(scales["tau"], scales["hardware_share"], scales["sigma"], scales["omega"], populations)
         parts = [self.density.predictive(few, self.configuration) for few in _in_parts(x)]
         mean, covariance = (np.concatenate(each) for each in zip(*parts, strict=True))
-        scale = self.density.scale
+        k, scale = self.density.count_pooled, self.density.scale
         mean = mean / scale
-        precision = np.linalg.inv(covariance / (scale[:, None] * scale))
-        precision = 0.5 * (precision + np.swapaxes(precision, 1, 2))
+        # The discrepancy of a new configuration is independent of all else, and one in units of its sd.
+        precision = np.broadcast_to(np.eye(len(scale)), covariance.shape).copy()
+        inverse = np.linalg.inv(covariance[:, :k, :k] / (scale[:k, None] * scale[:k]))
+        precision[:, :k, :k] = 0.5 * (inverse + np.swapaxes(inverse, 1, 2))
+        log_det = np.linalg.slogdet(precision[:, :k, :k])[1]
         vector = (precision @ mean[..., None])[..., 0]
         errors = ErrorPrior.given(scales["sigma"], scales["omega"], self.donors.priors)
         return ScalePool(
-            parent, scales, x, precision, vector, (mean * vector).sum(axis=1), np.linalg.slogdet(precision)[1], errors
+            parent, scales, x, precision, vector, (mean * vector).sum(axis=1), log_det, errors
         )  # fmt: skip
 
     @property
@@ -192,12 +195,12 @@ class NewConfiguration:
         return self.donors.priors.drift is not None
 
     def _gains(self, x: FloatArray) -> FloatArray:
-        """Return covariances of everything fitted with theta / scale, shape (N, rows, K): population, hardware, donors."""
-        k = self.density.count_coef
+        """Return covariances of everything fitted with the pooled theta / scale, shape (N, rows, K0): population, hardware, donors."""
+        k = self.density.count_pooled
         found = []
         for few in _in_parts(x):
-            parts = self.density.covariance_with(few, self.configuration)
-            found.append(np.concatenate([v.reshape(len(few), -1, k) for v in parts.values()], axis=1) / self.density.scale)
+            parts = [v[..., :k].reshape(len(few), -1, k) for v in self.density.covariance_with(few, self.configuration).values()]
+            found.append(np.concatenate(parts, axis=1) / self.density.pooled_scale)
         return np.concatenate(found)
 
     def gains(self, stride: int, copies: int, chosen: IntArray) -> FloatArray:
@@ -221,9 +224,9 @@ def move_scales(
     """
     priors, scale = donors.priors, deviation_scale(donors.feature_set)
     shared = np.concatenate([own[n] for n in ("beta", "gamma", "delta") if n in own], axis=1)
-    loading = np.array([population_loading(donors.feature_set, s.config_row) for s in statistics])
+    loading = np.array([population_loading(donors.feature_set, s.config_row)[: len(scale)] for s in statistics])
     centre = (shared @ loading.reshape(-1, shared.shape[1]).T).reshape(len(shared), len(statistics), -1)
-    deviations = own["theta"] - centre - own["hardware_effect"][:, hardware_index(statistics)]
+    deviations = own["theta"][..., : len(scale)] - centre - own["hardware_effect"][:, hardware_index(statistics)]
     if not priors.discounts:
         tau, share = move_group_sds(
             own["tau"], own["hardware_share"], deviations / scale, own["hardware_effect"] / scale, priors, rng

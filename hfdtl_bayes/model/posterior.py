@@ -43,7 +43,7 @@ from hfdtl_bayes.statistics import (
 
 FloatArray = NDArray[np.float64]
 
-FILE_FORMAT = 3
+FILE_FORMAT = 4
 ENGINES = ("exact", "pymc", "rows")
 _QUANTILES = (0.025, 0.5, 0.975)
 
@@ -159,8 +159,8 @@ class LatencyPosterior:
 
         For a new configuration theta = A phi + w_h + sqrt(1 - rho) * tau * scale * Normal(0, 1), with A phi the population's
         coefficients for these config features and w_h the effect of its hardware, drawn anew from Normal(0, rho (tau *
-        scale)^2) if no fitted configuration runs on it; log sigma and log omega are drawn around their typical values. No
-        fitted group is reused.
+        scale)^2) if no fitted configuration runs on it, and its discrepancy from its prior; log sigma and log omega are drawn around
+        their typical values. No fitted group is reused.
 
         Parameters
         ----------
@@ -211,21 +211,23 @@ class LatencyPosterior:
     def population_draws(self, configuration: ServingConfiguration) -> FloatArray:
         """Return draws of the centre that a configuration's coefficients deviate from, shape (S, K).
 
-        A phi, plus the effect of its hardware where a fitted configuration runs on it.
+        A phi, plus the effect of its hardware where a fitted configuration runs on it; zero for the discrepancy.
         """
         centre = np.concatenate([self.draws_of("beta"), self.draws_of("delta")], axis=1)
         if self.feature_set.config:
             gamma = self.draws_of("gamma")
             centre[:, len(self.feature_set.base)] += gamma @ config_to_constant(self.feature_set, configuration)
         h = self._hardware(configuration)
-        return centre if h is None else centre + self.draws_of("hardware_effect")[:, h]
+        centre = centre if h is None else centre + self.draws_of("hardware_effect")[:, h]
+        return np.pad(centre, ((0, 0), (0, len(self.feature_set.discrepancy))))
 
     def deviation_sd(self, configuration: ServingConfiguration) -> FloatArray:
         """Return draws of the sd of a configuration's coefficients around `population_draws`, shape (S, K)."""
-        total = self.draws_of("tau") * deviation_scale(self.feature_set)
-        if self._hardware(configuration) is None:
-            return np.asarray(total)
-        return np.asarray(np.sqrt(1.0 - self.draws_of("hardware_share"))[:, None] * total)
+        own = self.draws_of("tau") * deviation_scale(self.feature_set)
+        if self._hardware(configuration) is not None:
+            own = np.sqrt(1.0 - self.draws_of("hardware_share"))[:, None] * own
+        sd = self.feature_set.discrepancy_sd
+        return np.concatenate([own, np.broadcast_to(sd, (len(own), len(sd)))], axis=1)
 
     def _design(self, frame: pd.DataFrame, configuration: ServingConfiguration) -> tuple[FloatArray, NDArray[np.bool_]]:
         """Return the design of rows, zero outside the feature set's support, and which rows it supports."""

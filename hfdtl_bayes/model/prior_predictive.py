@@ -131,14 +131,15 @@ def prior_draws(
     rng = np.random.default_rng([seed, 4])
     loading = population_loading(feature_set, config_to_constant(feature_set, configuration))
     mean, sd = population_mean(feature_set), population_sd(feature_set)
-    k = len(feature_set.coef_names)
 
     def positive(r: PositiveRange, *shape: int) -> FloatArray:
         return np.exp(r.log_mean + r.log_sd * rng.standard_normal((draws, *shape)))
 
     phi = mean + sd * rng.standard_normal((draws, len(mean)))
-    tau = rng.gamma(priors.deviation.gamma_shape, 1 / priors.deviation.gamma_rate, (draws, k))
-    deviation = tau * deviation_scale(feature_set) * rng.standard_normal((draws, k))
+    tau = rng.gamma(priors.deviation.gamma_shape, 1 / priors.deviation.gamma_rate, (draws, len(feature_set.pooled)))
+    deviation = tau * deviation_scale(feature_set) * rng.standard_normal(tau.shape)
+    discrepancy = feature_set.discrepancy_sd * rng.standard_normal((draws, len(feature_set.discrepancy)))
+    own = np.concatenate([deviation, discrepancy], axis=1)
 
     def error(typical: PositiveRange | None, spread: PositiveRange) -> FloatArray:
         if typical is None:
@@ -146,7 +147,7 @@ def prior_draws(
         return positive(typical) * np.exp(positive(spread) * rng.standard_normal(draws))
 
     sigma, omega = error(priors.noise, priors.noise_spread), error(priors.drift, priors.drift_spread)
-    return Draws(phi @ loading.T + deviation, loading @ mean, sigma, omega, False)
+    return Draws(phi @ loading.T + own, loading @ mean, sigma, omega, False)
 
 
 def prior_predictive(

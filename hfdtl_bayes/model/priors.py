@@ -191,5 +191,10 @@ def population_sd(feature_set: FeatureSet) -> FloatArray:
 
 
 def deviation_scale(feature_set: FeatureSet) -> FloatArray:
-    """Return the size of each coefficient that deviations are relative to, shape (K,): the larger of prior mean and sd."""
-    return np.array([max(abs(f.prior.mean), f.prior.sd) for f in feature_set.varying])
+    """Return the size of each pooled coefficient that deviations are relative to, shape (K0,): the larger of prior mean and sd."""
+    return np.array([max(abs(f.prior.mean), f.prior.sd) for f in feature_set.pooled])
+
+
+def coefficient_scale(feature_set: FeatureSet) -> FloatArray:
+    """Return the size of each coefficient, shape (K,): `deviation_scale`, and the sd of those of the discrepancy."""
+    return np.concatenate([deviation_scale(feature_set), feature_set.discrepancy_sd])

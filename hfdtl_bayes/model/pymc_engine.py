@@ -70,11 +70,11 @@ def starting_point(
     statistics: Sequence[ConfigStatistics], feature_set: FeatureSet, priors: PriorSettings
 ) -> dict[str, np.ndarray]:
     """Return the centre of the starting points: prior medians, with noise and drift near their moment estimates."""
-    count, k = len(statistics), len(feature_set.coef_names)
+    count, k = len(statistics), len(feature_set.pooled)
     # Without drift omega is zero and its start is not used.
     errors = np.log(np.maximum([reference_errors(s, priors) for s in statistics], 1e-9))
     return {
-        "theta_eta__": np.zeros((count, k)),
+        "theta_eta__": np.zeros((count, len(feature_set.varying))),
         "sigma_log__": errors[:, 0],
         "omega_log__": errors[:, 1],
         "tau_log__": np.full(k, np.log(priors.deviation.gamma_median)),

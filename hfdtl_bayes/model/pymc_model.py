@@ -74,9 +74,9 @@ class Coefficients:
     own : tensor, shape (C, K)
         theta.
     centre : tensor, shape (C, K)
-        A phi + w_h.
+        A phi + w_h; zero for the discrepancy.
     sd : tensor, shape (K,)
-        Of a configuration's own deviation.
+        Of a configuration's own deviation, and of its discrepancy.
     """
 
     own: pt.TensorVariable
@@ -99,7 +99,7 @@ def coefficients(data: dict[str, pt.TensorVariable], feature_set: FeatureSet, pr
     base, config, residual = np.split(np.arange(len(mean)), [n_base, n_base + n_config])
     beta = pm.Normal("beta", mean[base], sd[base], dims="base")
     delta = pm.Normal("delta", mean[residual], sd[residual], dims="residual")
-    tau = pm.Gamma("tau", priors.deviation.gamma_shape, priors.deviation.gamma_rate, dims="coef")
+    tau = pm.Gamma("tau", priors.deviation.gamma_shape, priors.deviation.gamma_rate, dims="pooled_coef")
     population = pt.concatenate([beta, delta])
     # The number of configurations stays symbolic, so that one compilation serves donors with and without a target.
     centre = pt.broadcast_to(population, (data["eta_information"].shape[0], population.shape[0]))
@@ -108,10 +108,14 @@ def coefficients(data: dict[str, pt.TensorVariable], feature_set: FeatureSet, pr
         centre = pt.inc_subtensor(centre[:, n_base], data["config_row"] @ gamma)
     share = pm.Beta("hardware_share", priors.hardware_share, priors.hardware_share)
     deviation = tau * deviation_scale(feature_set)
-    hardware_z = pm.Normal("hardware_effect_z", dims=("hardware", "coef"))
-    hardware = pm.Deterministic("hardware_effect", pt.sqrt(share) * deviation * hardware_z, dims=("hardware", "coef"))
+    hardware_z = pm.Normal("hardware_effect_z", dims=("hardware", "pooled_coef"))
+    hardware = pm.Deterministic("hardware_effect", pt.sqrt(share) * deviation * hardware_z, dims=("hardware", "pooled_coef"))
     centre = centre + hardware[data["hardware_index"]]
     sd = pt.sqrt(1 - share) * deviation
+    if feature_set.discrepancy:
+        own = feature_set.discrepancy_sd
+        centre = pt.concatenate([centre, pt.zeros((centre.shape[0], len(own)))], axis=1)
+        sd = pt.concatenate([sd, own])
     return Coefficients(group_effects("theta", centre, sd, data, ("config", "coef")), centre, sd)
 
 
@@ -128,8 +132,8 @@ def build_model(statistics: Sequence[ConfigStatistics], feature_set: FeatureSet,
     Returns
     -------
     pm.Model
-        Variables beta (base), gamma (config_feature), delta (residual), tau (coef), hardware_share, hardware_effect (hardware,
-        coef), theta (config, coef), sigma and omega (config) with their population medians and spreads, all in reference
+        Variables beta (base), gamma (config_feature), delta (residual), tau (pooled_coef), hardware_share, hardware_effect
+        (hardware, pooled_coef), theta (config, coef), sigma and omega (config) with their population medians and spreads, all in reference
         units. hardware_effect_z is hardware_effect in units of its sd.
 
     Raises

@@ -94,17 +94,17 @@ class ScaleCoordinates:
     @property
     def _sampled(self) -> NDArray[np.int64] | slice:
         # Without drift its coordinates are left out.
-        k, c = self.density.count_coef, self.density.count_config
+        k, c = self.density.count_pooled, self.density.count_config
         return slice(None) if 1 in self.families else np.r_[0 : k + 1 + c, k + 1 + 2 * c, k + 2 + 2 * c]
 
     def _of(self, family: int) -> slice:
         """Return where log sigma (0) or log omega (1) stand among the scales."""
-        start = self.density.count_coef + 1 + family * self.density.count_config
+        start = self.density.count_pooled + 1 + family * self.density.count_config
         return slice(start, start + self.density.count_config)
 
     def _places(self, family: int) -> tuple[slice, int, int]:
         """Return where a family's own, typical and spread coordinates stand among those sampled."""
-        at = self.density.count_coef + 1 + len(self.families) * self.density.count_config + 2 * family
+        at = self.density.count_pooled + 1 + len(self.families) * self.density.count_config + 2 * family
         return self._of(family), at, at + 1
 
     def _scales(self, u: FloatArray) -> FloatArray:

@@ -41,7 +41,7 @@ class DonorScales:
 
     Attributes
     ----------
-    tau : ndarray, shape (S, K)
+    tau : ndarray, shape (S, K0)
     share : ndarray, shape (S,)
     sigma, omega : ndarray, shape (S, C)
         Noise and drift of each candidate.
@@ -88,23 +88,28 @@ class DonorInformation:
         self.population_sd = density.sd
         self.hardware = density.hardware_names
         self.membership = density.membership.astype(bool)
-        total = scales.tau * density.scale
+        total = scales.tau * density.pooled_scale
         self.own_sd = np.sqrt(1.0 - scales.share)[:, None] * total
         self.shared_sd = np.sqrt(scales.share)[:, None] * total
         info, k = density.info, density.count_coef
         variance = scales.sigma[..., None] ** 2 + info.multiplier * scales.omega[..., None] ** 2
         gram = np.vecmat(1.0 / variance, info.gram.reshape(len(statistics), -1, k * k)).reshape(*variance.shape[:2], k, k)
+        gram, own_target, _, discrepancy = density.without_discrepancy(gram, np.vecmat(1.0 / variance, info.target))
+        k = density.count_pooled
         column, row = self.own_sd[:, None, :, None], self.own_sd[:, None, None, :]
         inverse = np.linalg.inv(column * gram * row + np.eye(k))
         shrink = column * inverse / row
         reduced = gram @ shrink
         reduced = 0.5 * (reduced + np.swapaxes(reduced, -1, -2))
         counts = np.array([priors.counts(s.config_id) for s in statistics])
-        target = np.vecmat(np.vecmat(1.0 / variance, info.target), shrink) - np.matvec(reduced, density.offset)
+        target = np.vecmat(own_target, shrink) - np.matvec(reduced, density.offset)
         self.reduced, self.target = counts[:, None, None] * reduced, counts[:, None] * target
         self.loaded_target = np.matvec(np.swapaxes(density.loading, -1, -2), self.target)
         self.population_mean = density.mean
-        self.own_coefficients = info.reference
+        self.discrepancy_sd = density.discrepancy_sd
+        self.own_coefficients = info.reference.copy()
+        if discrepancy is not None:
+            self.own_coefficients[:, k:] = discrepancy.mean.mean(axis=0)
         self.loaded = self.reduced @ density.loading
         self.squared = np.swapaxes(density.loading, -1, -2) @ self.loaded
 
@@ -156,8 +161,13 @@ class DonorInformation:
         )
         covariance[..., np.arange(k), np.arange(k)] += self.own_sd[:, None] ** 2
         xi = np.linalg.solve(precision, vector[..., None])[..., 0]
-        loading = population_loading(self.features, config_to_constant(self.features, configuration))
-        return loading @ self.population_mean + moved + np.matvec(slope, xi), covariance
+        loading = population_loading(self.features, config_to_constant(self.features, configuration))[:k]
+        mean = loading @ self.population_mean + moved + np.matvec(slope, xi)
+        more = len(self.discrepancy_sd)
+        padded = np.zeros((*covariance.shape[:-2], k + more, k + more))
+        padded[..., :k, :k] = covariance
+        padded[..., range(k, k + more), range(k, k + more)] = self.discrepancy_sd**2
+        return np.concatenate([mean, np.zeros((*mean.shape[:-1], more))], axis=-1), padded
 
     def errors(self, chosen: BoolArray, targets: Sequence[TargetTraffic]) -> FloatArray:
         """Return the expected relative error of each target given each subset, shape (M, T).
@@ -208,7 +218,10 @@ class DonorInformation:
 
     def floor(self, targets: Sequence[TargetTraffic]) -> FloatArray:
         """Return the expected error of each target if population and hardware were known, shape (T,): its own deviation is left."""
-        sds = [np.sqrt((target.rows**2) @ np.swapaxes(self.own_sd**2, 0, 1)).mean() for target in targets]
+        sd = np.concatenate(
+            [self.own_sd, np.broadcast_to(self.discrepancy_sd, (len(self.own_sd), len(self.discrepancy_sd)))], axis=1
+        )
+        sds = [np.sqrt((target.rows**2) @ np.swapaxes(sd**2, 0, 1)).mean() for target in targets]
         return np.asarray(np.sqrt(2.0 / np.pi) * np.array(sds))
 
     def by_coefficient(self, chosen: BoolArray, target: TargetTraffic) -> FloatArray:
@@ -226,7 +239,8 @@ class DonorInformation:
         return np.asarray((mask @ flat).reshape(len(values), len(mask), *values.shape[2:]))
 
     def _loading(self, configuration: ServingConfiguration) -> FloatArray:
-        return population_loading(self.features, config_to_constant(self.features, configuration)) * self.population_sd
+        loading = population_loading(self.features, config_to_constant(self.features, configuration))
+        return loading[: len(self.features.pooled)] * self.population_sd
 
 
 def _expected(target: TargetTraffic, covariance: FloatArray) -> FloatArray:

@@ -208,7 +208,7 @@ def _scales(
     show_progress: bool,
 ) -> tuple[DonorScales, list[FloatArray]]:
     """Return scales to judge at, and the typical noise and drift with their spreads, shape (S,) each."""
-    count, k = len(statistics), len(features.coef_names)
+    count, k = len(statistics), len(features.pooled)
     if settings.scales == "prior":
         ranges = (priors.noise, priors.noise_spread, priors.drift, priors.drift_spread)
         medians = [np.exp([r.log_mean]) if r else np.zeros(1) for r in ranges]

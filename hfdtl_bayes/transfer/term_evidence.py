@@ -208,7 +208,7 @@ def fit_model(statistics: Sequence[ConfigStatistics], features: FeatureSet, prio
     coordinates = scale_coordinates(density)
     centre = np.zeros(coordinates.size)
     value = float(coordinates.log_density(centre)[0]) + float(np.linalg.slogdet(coordinates.factor)[1])
-    value += 0.5 * coordinates.size * np.log(2 * np.pi) + density.count_coef * _group_sd_constant(priors)
+    value += 0.5 * coordinates.size * np.log(2 * np.pi) + density.count_pooled * _group_sd_constant(priors)
     return Model(tuple(terms), density, coordinates.scales(centre), value)
 
 
@@ -232,7 +232,7 @@ def screen(problem: Problem, full: Sequence[ConfigStatistics], base: Model, name
     estimates, the larger of the two.
     """
     without = float(base.density.log_density(base.mode)[0])
-    k, c = base.density.count_coef, base.density.count_config
+    k, c = base.density.count_pooled, base.density.count_config
     shape, rate = problem.priors.deviation.gamma_shape, problem.priors.deviation.gamma_rate
     lowest, highest = (float(np.log(gammaincinv(shape, q) / rate)) for q in (_TAIL, 1 - _TAIL))
     log_tau = np.linspace(lowest, highest, _NODES)
@@ -246,7 +246,7 @@ def screen(problem: Problem, full: Sequence[ConfigStatistics], base: Model, name
         moved = base.mode.copy()
         moved[k + 1 : k + 1 + 2 * c] += np.minimum(lower, 0.0)
         at = np.array([base.mode, moved])
-        if density.count_coef == k:
+        if density.count_pooled == k:
             found.append(float(density.log_density(at)[0].max()) - without)
             continue
         at = np.insert(np.repeat(at, _NODES, axis=0), k, np.tile(log_tau, 2), axis=1)
@@ -276,6 +276,19 @@ class Overlap:
     information: FloatArray
 
 
+def weighed_rows(statistics: ConfigStatistics, features: FeatureSet, sigma: float, omega: float) -> FloatArray:
+    """Return rows with the information of a configuration's, shape (n, K), in units of the error.
+
+    What is believed of its discrepancy counts as rows too: columns that are small by belief do not explain what is large.
+    """
+    names = statistics.coef_names
+    believed = np.zeros((len(features.discrepancy), len(names)))
+    for row, f in zip(believed, features.discrepancy, strict=True):
+        row[names.index(f.name)] = 1.0 / f.prior.sd
+    triangles = (t.triangle[:, : len(names)] / np.sqrt(sigma**2 + t.multiplier * omega**2) for t in statistics.strata)
+    return np.vstack([*triangles, believed])
+
+
 def overlap(full: Sequence[ConfigStatistics], base: Model, names: Sequence[str]) -> Overlap:
     """Compute what the rows tell of candidates beyond a model; rows weighed by its noise and drift."""
     inside = base.density.feature_set.coef_names
@@ -283,7 +296,7 @@ def overlap(full: Sequence[ConfigStatistics], base: Model, names: Sequence[str])
     sigma, omega = base.errors
     for c, s in enumerate(full):
         place = {n: i for i, n in enumerate(s.coef_names)}
-        stacked = np.vstack([t.triangle / np.sqrt(sigma[c] ** 2 + t.multiplier * omega[c] ** 2) for t in s.strata])
+        stacked = weighed_rows(s, base.density.feature_set, sigma[c], omega[c])
         own, others = stacked[:, [place[n] for n in inside]], stacked[:, [place[n] for n in names]]
         length = np.linalg.norm(own, axis=0)
         basis, values, _ = np.linalg.svd(own[:, length > 0] / length[length > 0], full_matrices=False)

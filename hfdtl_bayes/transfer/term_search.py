@@ -26,7 +26,7 @@ from hfdtl_bayes.errors import InputError
 from hfdtl_bayes.features import Level
 from hfdtl_bayes.model import ExactDensity
 from hfdtl_bayes.statistics import ConfigStatistics
-from hfdtl_bayes.transfer.term_evidence import Model, Problem, chosen_statistics, model, overlap, screen
+from hfdtl_bayes.transfer.term_evidence import Model, Problem, chosen_statistics, model, overlap, screen, weighed_rows
 from hfdtl_bayes.transfer.term_validation import Gain, held_out_gains, together
 
 FloatArray = NDArray[np.float64]
@@ -325,14 +325,13 @@ def explained_share(
     reference = problem.extended([*kept.terms, *others])
     statistics = [chosen_statistics(s, reference) for s in full]
     density = ExactDensity(statistics, reference, problem.priors)
-    added = density.count_coef - kept.density.count_coef
-    at = np.insert(kept.mode, kept.density.count_coef, np.full(added, np.log(problem.priors.deviation.gamma_median)))
+    added = density.count_pooled - kept.density.count_pooled
+    at = np.insert(kept.mode, kept.density.count_pooled, np.full(added, np.log(problem.priors.deviation.gamma_median)))
     theta = density.draw(np.repeat(at[None], _DRAWS, axis=0), np.random.default_rng(seed))["theta"]
     sigma, omega = kept.errors
     left = np.zeros(2)
     for c, s in enumerate(statistics):
-        k = len(s.coef_names)
-        rows = np.vstack([t.triangle[:, :k] / np.sqrt(sigma[c] ** 2 + t.multiplier * omega[c] ** 2) for t in s.strata])
+        rows = weighed_rows(s, reference, sigma[c], omega[c])
         means = rows @ theta[:, c].T
         for i, inside in enumerate((problem.features.coef_names, kept.density.feature_set.coef_names)):
             own = rows[:, [s.coef_names.index(n) for n in inside]]

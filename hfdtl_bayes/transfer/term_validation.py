@@ -131,7 +131,7 @@ def _prior_of_coefficients(
         sigma, omega = found.errors
         return mean[0], covariance[0], np.log(sigma), np.log(np.maximum(omega, 1e-9))
     loading = population_loading(features, config_to_constant(features, trace.configuration))
-    spread = problem.priors.deviation.gamma_median * deviation_scale(features)
+    spread = np.concatenate([problem.priors.deviation.gamma_median * deviation_scale(features), features.discrepancy_sd])
     rooted = loading * population_sd(features)
     return loading @ population_mean(features), rooted @ rooted.T + np.diag(spread**2), np.array([]), np.array([])
 

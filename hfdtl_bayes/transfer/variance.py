@@ -7,15 +7,16 @@ chain, everything given the rows that were fitted,
     Var(y) = Var(E[x'theta | psi])                  scales
            + E Var(E[x'theta | phi, psi])           population
            + E Var(E[x'theta | w_h, phi, psi])      hardware
-           + E Var(x'theta | w_h, phi, psi)         configuration
+           + E Var(E[x'theta | own deviation, w_h, phi, psi])       configuration
+           + E Var(x'theta | own deviation, w_h, phi, psi)          discrepancy
            + E[omega^2] s^2 + E[sigma^2] s^2        drift, noise
 
-Each part is what knowing that level exactly would remove on average, if all above it were known. The first four are quadratic forms
+Each part is what knowing that level exactly would remove on average, if all above it were known. The first five are quadratic forms
 x'Mx with one matrix each: closed forms given the scales (`ExactDensity.levels`) averaged over their posterior draws, so no Monte Carlo
 error of coefficients enters. Scales act on the variance mostly through what they let the levels below do (E[tau^2] is in hardware and
 configuration); their own part is only how far they move the expected value.
 
-By coefficient: with V the sum of the four matrices, x_k (V x)_k = Cov(x_k theta_k, x'theta) adds up to x'Vx over k (Euler's
+By coefficient: with V the sum of these matrices, x_k (V x)_k = Cov(x_k theta_k, x'theta) adds up to x'Vx over k (Euler's
 allocation). It is negative for a coefficient whose error the others make good; how much of x'Vx would go if theta_k were known,
 (V x)_k^2 / (V_kk x'Vx), is never negative and does not add up.
 """
@@ -34,8 +35,9 @@ from hfdtl_bayes.model import ExactDensity, LatencyPosterior, drawn_coordinates
 
 FloatArray = NDArray[np.float64]
 
-COEFFICIENT_SOURCES = ("scales", "population", "hardware", "configuration")
-"""What makes the expected value uncertain, from the top of the model down."""
+COEFFICIENT_SOURCES = ("scales", "population", "hardware", "configuration", "discrepancy")
+"""What makes the expected value uncertain, from the top of the model down. The discrepancy is what is believed of the features' misfit and
+not yet known from the configuration's rows; zero where the feature set has none."""
 
 SOURCES = (*COEFFICIENT_SOURCES, "drift", "noise")
 """All sources, in the order of the law of total variance."""
@@ -164,7 +166,8 @@ def coefficient_covariances(posterior: LatencyPosterior, configuration: ServingC
     x = drawn_coordinates(posterior, density, range(len(posterior.config_ids)), every)
     mean, levels = density.levels(x, configuration, fitted)
     centred = mean - mean.mean(axis=0)
-    parts = (centred.T @ centred / len(mean), *(v.mean(axis=0) for v in (levels.population, levels.hardware, levels.own)))
+    by_level = (levels.population, levels.hardware, levels.own - levels.discrepancy, levels.discrepancy)
+    parts = (centred.T @ centred / len(mean), *(v.mean(axis=0) for v in by_level))
     return dict(zip(COEFFICIENT_SOURCES, parts, strict=True))
 
 
