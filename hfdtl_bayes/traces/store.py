@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import pandas as pd
@@ -172,10 +173,21 @@ class TraceStore:
 def write_store(
     path: str | os.PathLike[str],
     configuration: ServingConfiguration,
-    steps: pd.DataFrame,
+    steps: pd.DataFrame | None,
     requests: pd.DataFrame | None = None,
+    *,
+    more: Mapping[str, pd.DataFrame | str] | None = None,
+    overwrite: bool = False,
 ) -> Path:
     """Write one configuration into a trace store atomically; returns its folder.
+
+    Parameters
+    ----------
+    path, configuration, steps, requests
+    more : mapping of str to DataFrame or str, optional
+        Further files of the folder by name: tables, stored as Parquet, and texts.
+    overwrite : bool
+        True to replace what the store holds of this configuration. A folder with nothing but a configuration.yaml is always filled.
 
     Raises
     ------
@@ -185,7 +197,8 @@ def write_store(
     store = Path(path)
     store.mkdir(parents=True, exist_ok=True)
     target = store / configuration.config_id
-    if target.exists():
+    held = sorted(p.name for p in target.iterdir()) if target.is_dir() else []
+    if target.exists() and not overwrite and held != ["configuration.yaml"]:
         raise InputError(f"{target} exists already; choose another config_id or remove it first")
     temporary = Path(tempfile.mkdtemp(dir=store, prefix=".part-"))
     try:
@@ -193,12 +206,33 @@ def write_store(
         for name, table in (("steps", steps), ("requests", requests)):
             if table is not None:
                 _write_parquet(table, temporary / f"{name}.parquet", target)
+        for name, content in (more or {}).items():
+            if isinstance(content, str):
+                (temporary / name).write_text(content, encoding="utf-8")
+            else:
+                _write_parquet(content, temporary / name, target)
         temporary.chmod(0o755)  # mkdtemp makes it private
-        temporary.replace(target)
+        _take_place(temporary, target)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     return target
+
+
+def _take_place(new: Path, target: Path) -> None:
+    """Put a folder in the place of another, which is put back if that fails."""
+    if not target.exists():
+        new.replace(target)
+        return
+    old = Path(tempfile.mkdtemp(dir=target.parent, prefix=".old-")) / target.name
+    target.replace(old)
+    try:
+        new.replace(target)
+    except BaseException:
+        old.replace(target)
+        raise
+    finally:
+        shutil.rmtree(old.parent, ignore_errors=True)
 
 
 def _write_parquet(table: pd.DataFrame, path: Path, target: Path) -> None:
