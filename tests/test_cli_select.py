@@ -88,5 +88,8 @@ def test_bad_input_is_one_message_and_no_file(tmp_path: Path, words: tuple[objec
 
 
 def test_defaults_are_those_of_python() -> None:
-    assert SelectionSettings().draws == command.DRAWS
-    assert introspection.signature(select_rows).parameters["acquisition"].default is Acquisition(command.ACQUISITION)
+    offered = {n: p.default for n, p in introspection.signature(command.select).parameters.items()}
+    settings = SelectionSettings()
+    assert (offered["draws"], offered["misfit"], offered["per_bin"]) == (settings.draws, settings.misfit, settings.per_bin)
+    assert offered["block_length"] == str(settings.block_length)
+    assert introspection.signature(select_rows).parameters["acquisition"].default is Acquisition(offered["acquisition"])

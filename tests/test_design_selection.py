@@ -14,15 +14,15 @@ from posterior_fits import SAMPLER, three_fitted, traffic
 from simulation import BLOCK, PRIORS, THREE, TINY, batches, configuration
 
 from hfdtl_bayes.design import Acquisition, Selection, SelectionSettings, select_in_rounds, select_rows
-from hfdtl_bayes.design.candidates import coverage_bins
+from hfdtl_bayes.design.candidates import coverage_bins, misfit_columns
 from hfdtl_bayes.errors import HfdtlError, InputError, UnknownNameError
 from hfdtl_bayes.model import LatencyPosterior, fit
 from hfdtl_bayes.transfer import variance_sources
 from hfdtl_bayes.transfer.calibration import calibrate_by_statistics
 
 NEW = configuration("new", "H100", 4)
-EVERY = SelectionSettings(draws=10**6, mix_rows=10**6, block_length=BLOCK)
-FEW = SelectionSettings(draws=8, block_length=BLOCK)
+EVERY = SelectionSettings(draws=10**6, mix_rows=10**6, misfit=0.0, block_length=BLOCK)
+FEW = SelectionSettings(draws=8, misfit=0.0, block_length=BLOCK)
 
 
 def steps(count: int, seed: int = 1) -> pd.DataFrame:
@@ -109,6 +109,25 @@ def test_a_large_mix_is_represented_by_few_rows_of_it() -> None:
     np.testing.assert_allclose(every.expected_sd, few.expected_sd)
     np.testing.assert_allclose(every.expected_mape, few.expected_mape, rtol=0.1)
     np.testing.assert_array_equal(every.index, few.index)
+
+
+def test_misfit_is_shared_by_rows_of_one_size() -> None:
+    """Equal rows of 64 tokens, measured without end, leave their own misfit nothing and that of 1,024 tokens all it is."""
+    small = steps(40).assign(prefill_tokens=0, decode_tokens=64)
+    large = small.iloc[:1].assign(prefill_tokens=964, decode_tokens=60)
+    wary = replace(FEW, misfit=0.3)
+    np.testing.assert_array_equal(misfit_columns(large, np.ones(1)).nonzero()[1], [10])
+    own, other = (chosen(small, 40, deployment=m, settings=wary).expected_sd for m in (small, large))
+    trusting = chosen(small, 40, deployment=large).expected_sd
+    # A little more than its own: the small steps' misfit also hides some of the coefficients that both share.
+    assert 0.3**2 < other[-1] ** 2 - trusting[-1] ** 2 < 1.1 * 0.3**2
+    assert own[0] ** 2 > 0.3**2 > 10 * own[-1] ** 2
+    # A pool of both sizes is asked for both.
+    pool = pd.concat(
+        [small, steps(40, 2).assign(prefill_tokens=964, decode_tokens=60, step_id=np.arange(40, 80))], ignore_index=True
+    )
+    picked = chosen(pool, 20, settings=wary).rows(pool)
+    assert 8 <= (picked["prefill_tokens"] == 0).sum() <= 12
 
 
 def test_no_label_is_read() -> None:
@@ -217,7 +236,14 @@ def test_bad_wishes() -> None:
     assert "no column 'price'" in refusal(UnknownNameError, cost="price")
     assert "positive seconds, found 0" in refusal(pool=steps(30).assign(price=0), cost="price")
     assert "differs from the one of that name" in refusal(own=configuration("one", "H100", 8))
-    for name, value in (("draws", 0), ("mix_rows", 0), ("per_bin", -1), ("block_length", 0), ("max_unreachable", 0.0)):
+    for name, value in (
+        ("draws", 0),
+        ("mix_rows", 0),
+        ("per_bin", -1),
+        ("block_length", 0),
+        ("misfit", -1.0),
+        ("max_unreachable", 0.0),
+    ):
         with pytest.raises(InputError, match=name):
             SelectionSettings(**{name: value})
 

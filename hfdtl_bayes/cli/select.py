@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from hfdtl_bayes.model import LatencyPosterior
 
 # Repeated because importing them would load ArviZ for --help; a test keeps them equal.
-DRAWS, ACQUISITION = 32, "deployment"
+DRAWS, MISFIT, ACQUISITION = 16, 0.02, "deployment"
 
 _OUT_OF_REACH = 0.5
 """Share of the mix's variance out of the pool's reach from which this is said aloud."""
@@ -57,6 +57,14 @@ def select(
     per_bin: Annotated[
         int, typer.Option("--per-bin", min=0, help="Rows wanted of each occupied bin of queue depth and KV usage.")
     ] = 0,
+    misfit: Annotated[
+        float,
+        typer.Option(
+            "--misfit",
+            min=0.0,
+            help="Relative sd of what the features get wrong, shared by steps of one size; 0 trusts them, and is faster.",
+        ),
+    ] = MISFIT,
     block_length: Annotated[
         str, typer.Option("--block-length", help="Steps that share one drift of the machine's speed.")
     ] = BLOCK_LENGTH,
@@ -93,7 +101,7 @@ def select(
         budget_s=budget_s,
         cost=cost,
         per_second=per_second,
-        settings=SelectionSettings(draws=draws, per_bin=per_bin, block_length=steps_per_block),
+        settings=SelectionSettings(draws=draws, per_bin=per_bin, misfit=misfit, block_length=steps_per_block),
         seed=seed,
     )
     with writing(out):

@@ -22,7 +22,7 @@ the digits of one.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -81,6 +81,17 @@ class Belief:
     def draws(self) -> int:
         """S."""
         return len(self.sigma)
+
+    def with_misfit(self, columns: int, sd: float) -> Belief:
+        """Return the belief with so many further coefficients, independent of all others and of each other, of prior sd `sd`.
+
+        Rows' designs go on with `misfit_columns`. The variance of an expected value then has what the features get wrong of it.
+        """
+        k = len(self.scale)
+        factor = np.zeros((self.draws, k + columns, k + columns))
+        factor[:, :k, :k] = self.factor
+        factor[:, range(k, k + columns), range(k, k + columns)] = sd
+        return replace(self, scale=np.r_[self.scale, np.ones(columns)], factor=factor)
 
     def weight_on_block(self, chosen: IntArray | int) -> FloatArray:
         """Return rho for blocks with so many rows chosen, shape (..., S)."""
