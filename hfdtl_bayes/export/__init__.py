@@ -11,6 +11,7 @@ from hfdtl_bayes.export.files import (
     parse_blis_yaml,
     write_text,
 )
+from hfdtl_bayes.export.go_source import GoSource, go_source
 from hfdtl_bayes.export.older_backends import BACKENDS, BLACKBOX, CROSSMODEL
 from hfdtl_bayes.export.step_time import blis_step_time_us
 from hfdtl_bayes.export.vectors import (
@@ -34,12 +35,14 @@ __all__ = [
     "BlisVectors",
     "ExportSettings",
     "FileVectors",
+    "GoSource",
     "blis_flags",
     "blis_hardware_config",
     "blis_step_time_us",
     "blis_vectors",
     "blis_yaml",
     "check_vectors",
+    "go_source",
     "idle_api_delay_s",
     "parse_blis_file",
     "parse_blis_yaml",

@@ -100,4 +100,5 @@ def _quantile_line(x: FloatArray, y: FloatArray, share: float) -> tuple[float, f
     equal = np.column_stack([np.ones(n), x / size_x, np.eye(n), -np.eye(n)])
     cost = np.concatenate([[0.0, 0.0], np.full(n, share), np.full(n, 1.0 - share)])
     found = linprog(cost, A_eq=equal, b_eq=y / size_y, bounds=(0.0, None), method="highs")
+    assert found.x is not None, found.message  # a = b = 0 is feasible, so there is an optimum
     return float(found.x[0] * size_y), float(found.x[1] * size_y / size_x)
