@@ -247,7 +247,7 @@ def segment_effects(
     return made
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Standing:
     """Where things are, before or after a segment.
 

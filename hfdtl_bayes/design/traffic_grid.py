@@ -83,17 +83,24 @@ class TrafficPoint:
 
 def why_not_served(point: TrafficPoint, configuration: ServingConfiguration, settings: ReplaySettings | None = None) -> str:
     """Return why an engine cannot serve some traffic; empty if it can."""
-    settings, engine = settings or ReplaySettings(), configuration.engine
-    context = configuration.llm.max_context_tokens
-    room = (int(engine.kv_capacity_tokens // settings.block_tokens) - settings.reserved_blocks) * settings.block_tokens
     request = f"requests of up to {point.longest_request} tokens (prompt {point.longest_prompt})"
-    if point.longest_request > context:
-        return f"{request} exceed the context of {context} tokens"
-    if point.longest_request > room:
-        return f"{request} exceed the {room} tokens that the KV cache holds"
-    if not engine.chunked_prefill and point.longest_request > engine.max_num_batched_tokens:
-        return f"{request} exceed max_num_batched_tokens ({engine.max_num_batched_tokens}), and chunked prefill is off"
+    for limit, tokens in _rooms(configuration, settings).items():
+        if point.longest_request > tokens:
+            return f"{request} exceed {limit.format(tokens=tokens)}"
     return ""
+
+
+def _rooms(configuration: ServingConfiguration, settings: ReplaySettings | None = None) -> dict[str, int]:
+    """Return how many tokens a request may have, by what limits it."""
+    settings, engine = settings or ReplaySettings(), configuration.engine
+    blocks = int(engine.kv_capacity_tokens // settings.block_tokens) - settings.reserved_blocks
+    rooms = {
+        "the context of {tokens} tokens": configuration.llm.max_context_tokens,
+        "the {tokens} tokens that the KV cache holds": blocks * settings.block_tokens,
+    }
+    if not engine.chunked_prefill:
+        rooms["max_num_batched_tokens ({tokens}), and chunked prefill is off"] = engine.max_num_batched_tokens
+    return rooms
 
 
 @dataclass(frozen=True)
@@ -173,11 +180,12 @@ class TrafficGrid:
             name: tuple(v for v in getattr(grid, name) if name in named or grid._served_with(name, v, configuration))
             for name in ("prompt_tokens", "output_tokens", "shared_prefix_tokens")
         }
-        if not kept["prompt_tokens"]:
-            # An engine of small context: a quarter of what it holds.
-            context = configuration.llm.max_context_tokens
-            kept |= {"prompt_tokens": (max(int(min(context, engine.kv_capacity_tokens) // 4), 1),)}
-        return cls(**{**{f.name: getattr(grid, f.name) for f in fields(grid)}, **{k: v for k, v in kept.items() if v}})
+        if not grid._served_with("prompt_tokens", min(grid.prompt_tokens), configuration):
+            # An engine of little room: parts of it, for what was not asked for.
+            room = int(min(_rooms(configuration).values()))
+            little = {"prompt_tokens": (max(room // 4, 1),), "output_tokens": (max(room // 8, 1),), "shared_prefix_tokens": (0,)}
+            kept = {name: named.get(name, values) for name, values in little.items()}
+        return cls(**{**{f.name: getattr(grid, f.name) for f in fields(grid)}, **kept})
 
     def _served_with(self, name: str, value: int, configuration: ServingConfiguration) -> bool:
         smallest = {n: min(getattr(self, n)) for n in ("prompt_tokens", "output_tokens", "shared_prefix_tokens")} | {name: value}
