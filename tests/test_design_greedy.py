@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 
 import numpy as np
 import pandas as pd
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from posterior_fits import three_fitted
 from simulation import BLOCK, PRIORS, THREE, TINY, batches, configuration
 
-from hfdtl_bayes.design import Acquisition
+from hfdtl_bayes.design import Acquisition, greedy
 from hfdtl_bayes.design.belief import SMALLEST_NOISE, Belief, belief_of
 from hfdtl_bayes.design.candidates import Candidates, candidates_of
 from hfdtl_bayes.design.greedy import DeploymentMix, Knowledge, Path, Rules, choose
@@ -23,6 +24,14 @@ from hfdtl_bayes.statistics import statistics_from_rows
 K = 4
 GAINS = [a for a in Acquisition if not a.baseline]
 SEEDS = st.integers(0, 2**32 - 1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_looked_at() -> Iterator[None]:
+    """Two rows are evaluated at once where bounds decide which; by default so many that no small pool would leave any out."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(greedy, "_LOOKED_AT", 2)
+        yield
 
 
 def belief(seed: int, draws: int = 3, drift: float = 0.1) -> Belief:
@@ -186,7 +195,8 @@ def test_a_fellow_can_tell_by_the_difference() -> None:
     own = Belief("toy", np.ones(2), np.diag([1e-3, 1.0])[None], np.array([0.01]), np.array([3.0]))
     design = np.array([[1.0, 1.0], [1.0, -1.0], [1.0, 0.6]])
     candidates = Candidates(design, np.array([0, 0, 1]), np.ones(3), np.zeros(3, int), np.zeros(0, int))
-    path = choose(own, candidates, DeploymentMix.of(design, np.ones(3), 3), Rules(Acquisition.INFORMATION, 2))
+    target = DeploymentMix.of(design, np.ones(3), 3)
+    path = choose(own, candidates, target, Rules(Acquisition.INFORMATION, 2))
     assert path.rows.tolist() == [0, 1]
     assert path.gains[1] > 10 * path.gains[0]
 

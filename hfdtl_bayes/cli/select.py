@@ -68,6 +68,12 @@ def select(
     block_length: Annotated[
         str, typer.Option("--block-length", help="Steps that share one drift of the machine's speed.")
     ] = BLOCK_LENGTH,
+    figure: Annotated[
+        Path | None,
+        typer.Option(
+            "--figure", help="Map to write (SVG or PNG): where predictions are uncertain, and what was picked, step by step."
+        ),
+    ] = None,
     draws: Annotated[int, typer.Option("--draws", min=1, help="Draws of the scales that gains are averaged over.")] = DRAWS,
     seed: Seed = 0,
     as_json: AsJson = False,
@@ -84,6 +90,8 @@ def select(
             "--block-length auto is found from step times, which choosing rows does not read; give a number of steps"
         )
     check_file(out, (posterior_file,), (".csv",))
+    if figure is not None:
+        check_file(figure, (posterior_file,), (".svg", ".png"))
     posterior = LatencyPosterior.load(posterior_file)
     warn_unless_converged(posterior.convergence())
     watched = WatchedStore(store)
@@ -91,6 +99,7 @@ def select(
     every = usable_rows(read_trace(watched, config, posterior.feature_set.quantity).frame, configuration, posterior.feature_set)
     pool = _of_regimes(every, names_in(regimes), "--regimes") if regimes is not None else every
     mix = None if deployment is None else _deployment(deployment, every, posterior, watched, config)
+    settings = SelectionSettings(draws=draws, per_bin=per_bin, misfit=misfit, block_length=steps_per_block)
     found = select_rows(
         posterior,
         pool,
@@ -101,17 +110,23 @@ def select(
         budget_s=budget_s,
         cost=cost,
         per_second=per_second,
-        settings=SelectionSettings(draws=draws, per_bin=per_bin, misfit=misfit, block_length=steps_per_block),
+        settings=settings,
         seed=seed,
     )
     with writing(out):
         found.write(out)
         rejected = write_rejected(watched.tables, out)
+    if figure is not None:
+        from hfdtl_bayes.report import save_figure, uncertainty_map  # noqa: PLC0415  (loaded on first use)
+
+        with writing(figure):
+            save_figure(uncertainty_map(posterior, found, pool, configuration, mix, settings=settings, seed=seed), figure)
     if found.unreachable > _OUT_OF_REACH:
         say(f"warning: {found.unreachable:.0%} of the deployment mix's variance is of what no row of the pool has anything of")
     table = found.to_frame()
     result: dict[str, Any] = {
         "out": out,
+        **({} if figure is None else {"figure": figure}),
         "config_id": config,
         "acquisition": str(found.acquisition),
         "rows": len(found),

@@ -21,8 +21,8 @@ IntArray = NDArray[np.int64]
 BIN_COLUMNS = ("waiting_requests", "kv_usage")
 """Columns that coverage is asked over, where a pool has them."""
 
-MISFIT_KNOTS = 14
-"""Knots of the bend: from a token to 8,192, a usual budget of a step."""
+MISFIT_KNOTS = 7
+"""Knots of the bend, two octaves apart: 1, 4, ... 4,096 tokens. Twice as many choose no better rows and take twice as long."""
 
 _KV_BINS = 4
 """Equal bins of the share of the KV cache in use."""
@@ -117,7 +117,7 @@ def relative_design(
 def misfit_columns(frame: pd.DataFrame, expected_s: FloatArray) -> FloatArray:
     """Return columns whose independent coefficients are a smooth bend of the relative error, shape (n, `MISFIT_KNOTS`).
 
-    Hats over log2 of the tokens of a step, one knot per octave, as in the features `roofline-discrepancy`; for rows that are no steps over
+    Hats over log2 of the tokens of a step, the coordinate of the features `roofline-discrepancy`; for rows that are no steps over
     log2 of the expected time in milliseconds. Rows alike share their misfit, however often they are measured.
 
     Parameters
@@ -127,7 +127,7 @@ def misfit_columns(frame: pd.DataFrame, expected_s: FloatArray) -> FloatArray:
     """
     tokens = {"prefill_tokens", "decode_tokens"} <= set(frame.columns)
     size = (frame["prefill_tokens"] + frame["decode_tokens"]).to_numpy(dtype=float) if tokens else 1e3 * expected_s
-    place = np.clip(np.log2(np.maximum(size, 1.0)), 0.0, MISFIT_KNOTS - 1.0)
+    place = np.clip(0.5 * np.log2(np.maximum(size, 1.0)), 0.0, MISFIT_KNOTS - 1.0)
     return np.asarray(np.maximum(0.0, 1.0 - np.abs(place[:, None] - np.arange(MISFIT_KNOTS))))
 
 
