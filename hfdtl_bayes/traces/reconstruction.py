@@ -118,20 +118,18 @@ class _Decoding:
 class _Prefills:
     """Chunks of prompts, one prompt after the other in the order in which they were scheduled."""
 
-    def __init__(self, room: dict[int, int] | None, decoding: dict[int, int] | _Decoding, budget: int) -> None:
-        self._room, self._decoding, self._budget = room, decoding, budget
+    def __init__(self, tokens: dict[int, int] | None, decoding: dict[int, int] | _Decoding, budget: int) -> None:
+        self._tokens, self._decoding, self._budget = tokens, decoding, budget
         self._used: dict[int, int] = {}
         self.chunks: list[tuple[int, int, int, int]] = []  # step, computed before, tokens, held at the end
         self.contradicted: set[int] = set()
 
     def left(self, step: int) -> int:
         """Return the tokens that a step has for further prompts."""
-        total = self._room.get(step) if self._room is not None else None
-        if total is None:
-            counted = self._decoding
-            decoding = counted.get(step, 0) if isinstance(counted, dict) else int(counted.at(np.array([step]))[0][0])
-            total = self._budget - decoding
-        return max(0, total - self._used.get(step, 0))
+        total = self._budget if self._tokens is None else self._tokens.get(step, self._budget)
+        counted = self._decoding
+        decoding = counted.get(step, 0) if isinstance(counted, dict) else int(counted.at(np.array([step]))[0][0])
+        return max(0, total - decoding - self._used.get(step, 0))
 
     def cut(self, tokens: int, first: int, last: int) -> list[tuple[int, int]] | None:
         """Cut a prompt that begins in step `first` and ends in step `last`; None if it does not come out."""
@@ -187,7 +185,7 @@ def compose(
     budget: int,
     *,
     chunked: bool = True,
-    prefill_tokens: FloatArray | None = None,
+    tokens: FloatArray | None = None,
     decoding: tuple[FloatArray, FloatArray] | None = None,
 ) -> Composition:
     """Rebuild the composition of steps.
@@ -202,8 +200,8 @@ def compose(
         max_num_batched_tokens.
     chunked : bool
         False where prompts are never cut.
-    prefill_tokens : ndarray, shape (steps,), optional
-        Prefill tokens recorded for each step, NaN where not.
+    tokens : ndarray, shape (steps,), optional
+        Tokens recorded for each step, of prefill and decode together, NaN where not: which is which differs after preemptions.
     decoding : (ndarray, ndarray), optional
         Decoding requests and their context in each step, where these were counted; otherwise they follow from the stays.
 
@@ -218,11 +216,11 @@ def compose(
     else:
         requests, context = (np.asarray(v, dtype=float) for v in decoding)
         counted = dict(zip(step_ids.tolist(), requests.astype(int).tolist(), strict=True))
-    room = None
-    if prefill_tokens is not None:
-        known = np.isfinite(prefill_tokens)
-        room = dict(zip(step_ids[known].tolist(), prefill_tokens[known].astype(int).tolist(), strict=True))
-    prefills = _Prefills(room, counted, budget)
+    recorded = None
+    if tokens is not None:
+        known = np.isfinite(tokens)
+        recorded = dict(zip(step_ids[known].tolist(), tokens[known].astype(int).tolist(), strict=True))
+    prefills = _Prefills(recorded, counted, budget)
     first_step = episodes.first_step.copy()
     ended = (episodes.token_step != UNKNOWN) & (episodes.prefill_tokens != UNKNOWN) & (episodes.prefill_tokens > 0)
     begins = np.where(episodes.first_step != UNKNOWN, episodes.first_step, episodes.token_step)

@@ -152,13 +152,13 @@ def _steps(
     stays = _episodes(found, requests, episodes, kept, recorded=recorded)
     complete = True
     if stays is not None:
-        observed = steps["prefill_tokens"].to_numpy(dtype=float) if recorded else None
+        observed = (steps["prefill_tokens"] + steps["decode_tokens"]).to_numpy(dtype=float) if recorded else None
         built = compose(
             steps["step_id"].to_numpy(),
             stays,
             configuration.engine.max_num_batched_tokens,
             chunked=configuration.engine.chunked_prefill,
-            prefill_tokens=observed,
+            tokens=observed,
             decoding=decoding,
         )
         requests = _scheduled(requests, stays, built, steps)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 from typing import Any
 
-_WHOLE = re.compile(r"[+-]?\d{1,18}\Z", re.ASCII)
+_WHOLE = re.compile(r"[+-]?\d{1,19}\Z", re.ASCII)
+
+_LARGEST = 2**62
 
 
 def request_name(number: int) -> str:
@@ -19,16 +21,18 @@ def whole(value: Any, name: str, least: int = 0) -> int:
     Raises
     ------
     ValueError
-        If it is none, has more than 18 digits, or is below `least`; the message names the field.
+        If it is none, too large for 64 bits, or below `least`; the message names the field.
     """
     if isinstance(value, str) and _WHOLE.match(value.strip()):
         found = int(value)
-    elif isinstance(value, int) and not isinstance(value, bool) and abs(value) < 10**18 * 9:
+    elif isinstance(value, int) and not isinstance(value, bool):
         found = value
     elif isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
         found = int(value)
     else:
         raise ValueError(f"{name} is not a whole number")
+    if abs(found) >= _LARGEST:
+        raise ValueError(f"{name} is too large")
     if found < least:
         raise ValueError(f"{name} is negative" if least == 0 else f"{name} is below {least}")
     return found
