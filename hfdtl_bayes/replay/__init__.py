@@ -1,6 +1,6 @@
 """A replay of vLLM's continuous batching: requests in, batch compositions and request times out."""
 
-from hfdtl_bayes.replay.batch import Batch, StepTime
+from hfdtl_bayes.replay.batch import Batch, StepTime, TimedStepTime
 from hfdtl_bayes.replay.requests import Requests
 from hfdtl_bayes.replay.run import ReplayedRun, replay
 from hfdtl_bayes.replay.settings import ReplaySettings, RequestOverheads
@@ -16,6 +16,7 @@ __all__ = [
     "Requests",
     "StepTime",
     "StepTimeFunction",
+    "TimedStepTime",
     "Traffic",
     "generate_requests",
     "linear_step_time",

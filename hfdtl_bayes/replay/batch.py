@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 
 class Batch(NamedTuple):
@@ -29,3 +29,16 @@ class Batch(NamedTuple):
 
 StepTime = Callable[[Batch], float]
 """Seconds that a step of this composition takes."""
+
+
+@runtime_checkable
+class TimedStepTime(Protocol):
+    """A step-time function that wants to know when a step begins: a machine whose speed drifts with the clock."""
+
+    def __call__(self, batch: Batch) -> float:
+        """Return the time of a step whenever it begins, seconds."""
+        ...
+
+    def at(self, batch: Batch, start_s: float) -> float:
+        """Return the time of a step that begins at `start_s` of the requests' clock, seconds."""
+        ...

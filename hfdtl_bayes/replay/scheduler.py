@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from hfdtl_bayes.configuration import ServingConfiguration
 from hfdtl_bayes.errors import InputError
-from hfdtl_bayes.replay.batch import Batch, StepTime
+from hfdtl_bayes.replay.batch import Batch, StepTime, TimedStepTime
 from hfdtl_bayes.replay.cache import BlockCache
 from hfdtl_bayes.replay.requests import Requests
 from hfdtl_bayes.replay.settings import ReplaySettings
@@ -76,6 +76,7 @@ class Scheduler:
     ) -> None:
         engine = configuration.engine
         self.requests, self.step_time, self.settings = requests, step_time, settings
+        self._timed = step_time if isinstance(step_time, TimedStepTime) else None
         self._seqs, self._budget, self._chunked = engine.max_num_seqs, engine.max_num_batched_tokens, engine.chunked_prefill
         self._prompt = [int(v) for v in requests.prompt_tokens]
         self._output = [int(v) for v in requests.output_tokens]
@@ -247,7 +248,7 @@ class Scheduler:
                 self._prompt_done(i, step, end)
 
     def _duration(self, batch: Batch) -> float:
-        seconds = float(self.step_time(batch))
+        seconds = float(self.step_time(batch) if self._timed is None else self._timed.at(batch, self._now / self._ticks))
         if not 0 < seconds < float("inf"):
             raise InputError(
                 f"the step time of step {self._step} is {seconds} s; a step takes a finite time above 0. Its batch: {batch}"
