@@ -241,7 +241,11 @@ GOOD = journey("good", 0, (1, 0), (1, 20_000_000), (2, 40_000_000), 10, 2)
         (step_line(1, 5_000, 3, (1, 1), (0, 0), **{"step.duration_us": -7}), "step.duration_us is negative", "step 1"),
         (step_line(1, 5_000, 3, (1, 1), (0, 0), **{"batch.prefill_tokens": "many"}), "batch.prefill_tokens is not a whole number", "step 1"),
         (step_line(1, 5_000, 3, (1, 1), (0, 0), **{"kv.usage_gpu_ratio": 25.0}), "kv.usage_gpu_ratio is not between 0 and 1", "step 1"),
-        (core_line("r", event("QUEUED", 9, 0), event("SCHEDULED", 19, 1), event("FINISHED", 29, 1, output=-1)), "decode.done_tokens is negative", "request r FINISHED"),
+        (
+            core_line("r", event("QUEUED", 9, 0), event("SCHEDULED", 19, 1), event("FINISHED", 29, 1, output=-1)),
+            "decode.done_tokens is negative",
+            "request r FINISHED",
+        ),
         (core_line("r", event("QUEUED", 9, 0)), "no SCHEDULED", "request r"),
         (core_line("r", event("SCHEDULED", 9, 1), event("FINISHED", 10, 1)), "no QUEUED", "request r"),
         (core_line("r", event("QUEUED", 9, 0), event("FIRST_TOKEN", 10, 1)), "FIRST_TOKEN of a request that is not scheduled", "request r"),

@@ -239,10 +239,10 @@ def compose(
         prefills.place(chunks, int(episodes.computed_before[i]), int(episodes.held_tokens[i]))
     sums = np.zeros((4, len(step_ids)))
     place = {int(step): row for row, step in enumerate(step_ids)}
-    for step, computed, tokens, held in prefills.chunks:
+    for step, computed, chunk, held in prefills.chunks:
         row = place.get(step)
         if row is not None:
-            sums[:, row] += (tokens, 1, tokens * (computed + tokens / 2), tokens * (held + tokens / 2))
+            sums[:, row] += (chunk, 1, chunk * (computed + chunk / 2), chunk * (held + chunk / 2))
     certain = np.ones(len(step_ids), dtype=bool)
     certain[[place[s] for s in prefills.contradicted if s in place]] = False
     return Composition(sums[0], requests.copy(), sums[1], requests, sums[2], sums[3], context, certain, first_step)
