@@ -231,21 +231,9 @@ def select_rows(
     settings = settings or SelectionSettings()
     rule = acquisition_named(acquisition)
     _check_budget(budget, budget_s, per_second=per_second, rule=rule, settings=settings)
-    key = "step_id" if posterior.feature_set.quantity == "step_time" else "request_id"
-    belief = belief_of(posterior, configuration, draws=settings.draws, seed=seed)
-    candidates = candidates_of(
-        posterior, pool, configuration, belief.scale, block_length=settings.block_length, cost=cost, key=key
-    )
+    key = _key(posterior)
     wanted = pool if deployment is None else deployment
-    mix_design, mix_expected = relative_design(posterior, wanted, configuration, belief.scale, "the deployment mix")
-    if settings.misfit > 0:
-        own = misfit_columns(pool, posterior.expected_s(pool, configuration))
-        theirs = misfit_columns(wanted, mix_expected)
-        # Knots that no row is near would cost time and change nothing.
-        used = own.any(axis=0) | theirs.any(axis=0)
-        belief = belief.with_misfit(int(used.sum()), settings.misfit)
-        candidates = replace(candidates, design=np.column_stack([candidates.design, own[:, used]]))
-        mix_design = np.column_stack([mix_design, theirs[:, used]])
+    belief, candidates, mix_design = believed(posterior, pool, configuration, wanted, cost=cost, settings=settings, seed=seed)
     mix = DeploymentMix.of(mix_design, _weights(weights, len(wanted)), settings.mix_rows)
     pool_sd, unreachable = _reach(belief, candidates, mix, settings)
     rules = _rules(candidates, pool, rule, budget, budget_s, settings, per_second=per_second, lazy=lazy)
@@ -268,6 +256,41 @@ def select_rows(
         pool_sd,
         unreachable,
     )
+
+
+def believed(
+    posterior: LatencyPosterior,
+    pool: pd.DataFrame,
+    configuration: ServingConfiguration,
+    deployment: pd.DataFrame,
+    *,
+    cost: str | None = None,
+    settings: SelectionSettings,
+    seed: int = 0,
+) -> tuple[Belief, Candidates, FloatArray]:
+    """Return what is known before any pick, misfit included, the rows of the pool, and the designs of the mix's rows, shape (J, K).
+
+    Parameters and errors are those of `select_rows`.
+    """
+    belief = belief_of(posterior, configuration, draws=settings.draws, seed=seed)
+    candidates = candidates_of(
+        posterior, pool, configuration, belief.scale, block_length=settings.block_length, cost=cost, key=_key(posterior)
+    )
+    design, expected = relative_design(posterior, deployment, configuration, belief.scale, "the deployment mix")
+    if settings.misfit > 0:
+        own = misfit_columns(pool, posterior.expected_s(pool, configuration))
+        theirs = misfit_columns(deployment, expected)
+        # Knots that no row is near would cost time and change nothing.
+        used = own.any(axis=0) | theirs.any(axis=0)
+        belief = belief.with_misfit(int(used.sum()), settings.misfit)
+        candidates = replace(candidates, design=np.column_stack([candidates.design, own[:, used]]))
+        design = np.column_stack([design, theirs[:, used]])
+    return belief, candidates, design
+
+
+def _key(posterior: LatencyPosterior) -> str:
+    """Return the column that identifies a row."""
+    return "step_id" if posterior.feature_set.quantity == "step_time" else "request_id"
 
 
 def _check_budget(

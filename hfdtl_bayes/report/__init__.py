@@ -11,6 +11,7 @@ from hfdtl_bayes.report.figures import (
 )
 from hfdtl_bayes.report.learning_curve import learning_curve_figure
 from hfdtl_bayes.report.summary import TargetSummary, answer, summary_page
+from hfdtl_bayes.report.uncertainty_map import uncertainty_cells, uncertainty_map
 
 __all__ = [
     "ALL",
@@ -30,4 +31,6 @@ __all__ = [
     "mape_by_regime",
     "save_figure",
     "summary_page",
+    "uncertainty_cells",
+    "uncertainty_map",
 ]
