@@ -74,7 +74,7 @@ def test_composition_is_that_of_a_simulated_engine(
     steps = run.steps
     ids = steps["start_s"].to_numpy().astype(np.int64)
     tokens = (steps["prefill_tokens"] + steps["decode_tokens"]).to_numpy() if recorded else None
-    built = compose(ids, stays(requests, known_start=known_start), budget, tokens=tokens)
+    built = compose(ids, stays(requests, known_start=known_start), budget, slots=6, tokens=tokens)
     assert built.certain.all()
     for name in REBUILT:
         assert getattr(built, name).tolist() == steps[name].tolist(), name

@@ -118,18 +118,26 @@ class _Decoding:
 class _Prefills:
     """Chunks of prompts, one prompt after the other in the order in which they were scheduled."""
 
-    def __init__(self, tokens: dict[int, int] | None, decoding: dict[int, int] | _Decoding, budget: int) -> None:
-        self._tokens, self._decoding, self._budget = tokens, decoding, budget
+    def __init__(self, tokens: dict[int, int] | None, decoding: dict[int, int] | _Decoding, budget: int, slots: int) -> None:
+        self._tokens, self._decoding, self._budget, self._slots = tokens, decoding, budget, slots
         self._used: dict[int, int] = {}
+        self._prompts: dict[int, int] = {}
         self.chunks: list[tuple[int, int, int, int]] = []  # step, computed before, tokens, held at the end
         self.contradicted: set[int] = set()
 
     def left(self, step: int) -> int:
         """Return the tokens that a step has for further prompts."""
         total = self._budget if self._tokens is None else self._tokens.get(step, self._budget)
+        return max(0, total - self.decoding(step) - self._used.get(step, 0))
+
+    def decoding(self, step: int) -> int:
+        """Return the number of decoding requests in a step."""
         counted = self._decoding
-        decoding = counted.get(step, 0) if isinstance(counted, dict) else int(counted.at(np.array([step]))[0][0])
-        return max(0, total - decoding - self._used.get(step, 0))
+        return counted.get(step, 0) if isinstance(counted, dict) else int(counted.at(np.array([step]))[0][0])
+
+    def takes(self, step: int) -> bool:
+        """Return whether a step has a slot and tokens for one more prompt."""
+        return self.left(step) > 0 and self.decoding(step) + self._prompts.get(step, 0) < self._slots
 
     def cut(self, tokens: int, first: int, last: int) -> list[tuple[int, int]] | None:
         """Cut a prompt that begins in step `first` and ends in step `last`; None if it does not come out."""
@@ -158,6 +166,7 @@ class _Prefills:
         for step, tokens in chunks:
             self.chunks.append((step, computed, tokens, held))
             self._used[step] = self._used.get(step, 0) + tokens
+            self._prompts[step] = self._prompts.get(step, 0) + 1
             computed += tokens
 
 
@@ -170,11 +179,11 @@ def _start_of(prefills: _Prefills, episodes: Episodes, i: int, chunked: bool) ->
     if not chunked:
         return last, prefills.cut(tokens, last, last)
     if episodes.queued[i] and last - not_before <= _MOST_CHUNKS:
-        begin = next((k for k in range(not_before, last + 1) if prefills.left(k) > 0), None)
+        begin = next((k for k in range(not_before, last + 1) if prefills.takes(k)), None)
         chunks = prefills.cut(tokens, begin, last) if begin is not None else None
         if chunks is not None:
             return begin, chunks
-    # It waited for a slot or for memory, or it is not known when it was queued: as late as can be.
+    # It waited for memory, or it is not known when it was queued: as late as can be.
     begin = prefills.latest_start(tokens, last, not_before if not_before != UNKNOWN else last - _MOST_CHUNKS)
     return begin, (prefills.cut(tokens, begin, last) if begin is not None else None)
 
@@ -184,6 +193,7 @@ def compose(
     episodes: Episodes,
     budget: int,
     *,
+    slots: int = _LONG_AFTER,
     chunked: bool = True,
     tokens: FloatArray | None = None,
     decoding: tuple[FloatArray, FloatArray] | None = None,
@@ -198,6 +208,8 @@ def compose(
         Of all requests; in the order in which they were queued where several begin in one step.
     budget : int
         max_num_batched_tokens.
+    slots : int
+        max_num_seqs: a request that was queued is taken only where fewer run.
     chunked : bool
         False where prompts are never cut.
     tokens : ndarray, shape (steps,), optional
@@ -220,7 +232,7 @@ def compose(
     if tokens is not None:
         known = np.isfinite(tokens)
         recorded = dict(zip(step_ids[known].tolist(), tokens[known].astype(int).tolist(), strict=True))
-    prefills = _Prefills(recorded, counted, budget)
+    prefills = _Prefills(recorded, counted, budget, slots)
     first_step = episodes.first_step.copy()
     ended = (episodes.token_step != UNKNOWN) & (episodes.prefill_tokens != UNKNOWN) & (episodes.prefill_tokens > 0)
     begins = np.where(episodes.first_step != UNKNOWN, episodes.first_step, episodes.token_step)

@@ -157,6 +157,7 @@ def _steps(
             steps["step_id"].to_numpy(),
             stays,
             configuration.engine.max_num_batched_tokens,
+            slots=configuration.engine.max_num_seqs,
             chunked=configuration.engine.chunked_prefill,
             tokens=observed,
             decoding=decoding,
