@@ -1,9 +1,10 @@
-"""Files that are written whole or not at all."""
+"""Files and folders that are written whole or not at all."""
 
 from __future__ import annotations
 
 import os
 import secrets
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,3 +43,45 @@ def atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Give a temporary folder to fill, which takes the place of `path` once the block is left without an error.
+
+    As `atomic`, for a folder: nothing of an earlier one stays in it, and whatever goes wrong the earlier one stays as it was.
+
+    Parameters
+    ----------
+    path : path
+        The folder to write.
+
+    Yields
+    ------
+    Path
+        The temporary folder, empty, beside it.
+
+    Raises
+    ------
+    OSError
+        If the folder cannot be made, or the earlier one not be moved away.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.parent / f".{secrets.token_hex(8)}.part"
+    part.mkdir()
+    old = path.parent / f".{secrets.token_hex(8)}.old"
+    try:
+        yield part
+        if path.exists():
+            path.rename(old)
+        try:
+            part.rename(path)
+        except OSError:
+            if old.exists():
+                old.rename(path)
+            raise
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+        if path.exists():
+            shutil.rmtree(old, ignore_errors=True)

@@ -220,26 +220,25 @@ class Projector:
 
     @cached_property
     def not_told_apart(self) -> frozenset[str]:
-        """Labels of used betas whose single value these batches do not show.
+        """Labels of betas whose single value these batches do not show; those of terms that are zero in all of them included.
 
         Of each column, relative to the step's time, what is left after regression on all others, times one prior sd: how much step times
-        move when it changes and the others make up for it as well as they can. Config features fold into the constant, so neither they
-        nor it are told apart wherever there is more than one of them.
+        move when it changes and the others make up for it as well as they can. Config features fold into the constant, so neither they nor
+        it are told apart.
         """
         basis, used = self.backend.basis, self.used
         prior_mean, prior_sd = own_prior(basis, self.configuration)
         size = np.maximum(self.design @ np.maximum(prior_mean, 0.0), FLOOR_SHARE * weight_loading_floor_s(self.configuration))
         columns = (self.design * prior_sd / size[:, None])[:, used]
         names = [n for n, u in zip(basis.coef_names, used, strict=True) if u]
-        found = set()
+        found = {n for n, u in zip(basis.coef_names, used, strict=True) if not u} | {f.name for f in basis.config}
         for k, name in enumerate(names):
             others = np.delete(columns, k, axis=1)
             left = columns[:, k] - others @ np.linalg.lstsq(others, columns[:, k], rcond=1e-10)[0]
             if np.sqrt(np.mean(left**2)) < self.settings.told_apart:
                 found.add(name)
-        folded = [f.name for f, row in zip(basis.config, basis.config_row(self.configuration), strict=True) if row]
-        if folded:
-            found |= {*folded, basis.residual[0].name}
+        if basis.config_row(self.configuration).any():
+            found.add(basis.residual[0].name)
         return frozenset(n for n in self.backend.beta if self.backend.feature_of[n] in found)
 
     def in_blis_units(self, coefficients: FloatArray) -> tuple[float, ...]:
