@@ -248,7 +248,7 @@ def _variables(
         new_effect = (shared_sd * rng.standard_normal(tau.shape))[:, None]
         before = before + new_effect[:, 0]
     # The discrepancy is its own: nothing moves with it, and it moves with no other.
-    step = np.matvec(pool.precision[chosen, :pooled, :pooled], scaled[:, :pooled] - before / scale)
+    step = np.matvec(pool.precision[chosen], scaled[:, :pooled] - before / scale)
     moves = (prior.gains(*weighed.key, chosen) @ step[..., None])[..., 0]
     if prior.hardware is None:
         new_effect = new_effect + (shared_sd**2 * step / scale)[:, None]
@@ -276,12 +276,11 @@ def _variables(
 
 
 def _back_substituted(left: FloatArray, right: FloatArray) -> FloatArray:
-    """Solve L' x = right for many lower triangles, shapes (N, K, K) and (N, K): one pass over columns for all of them."""
-    out = np.empty_like(right)
-    k = right.shape[1]
-    for j in range(k - 1, -1, -1):
-        rest = right[:, j] - (left[:, j + 1 :, j] * out[:, j + 1 :]).sum(axis=1)
-        out[:, j] = rest / left[:, j, j]
+    """Solve L' x = right for many lower triangles, shapes (N, K, K) and (N, K): one pass over rows of L for all of them."""
+    out = right.copy()
+    for j in range(right.shape[1] - 1, -1, -1):
+        out[:, j] /= left[:, j, j]
+        out[:, :j] -= left[:, j, :j] * out[:, j, None]
     return out
 
 

@@ -42,7 +42,9 @@ def why_not_conditional(donors: LatencyPosterior) -> str | None:
 
 @dataclass(frozen=True)
 class ScalePool:
-    """Draws of the scales with what they say of the target, coefficients divided by the deviation scale; leading dimension N.
+    """Draws of the scales with what they say of the target, coefficients divided by their scale; leading dimension N.
+
+    Of its pooled coefficients, that is: those of its discrepancy are standard normal before its rows, independent of all else.
 
     Attributes
     ----------
@@ -52,9 +54,9 @@ class ScalePool:
         tau, hardware_share, sigma, omega and the populations of the last two, by the names of the posterior.
     x : ndarray, shape (N, size)
         The same in the coordinates of `ExactDensity`.
-    precision : ndarray, shape (N, K, K)
+    precision : ndarray, shape (N, K0, K0)
         V^-1.
-    vector : ndarray, shape (N, K)
+    vector : ndarray, shape (N, K0)
         V^-1 m.
     square, log_det : ndarray, shape (N,)
         m' V^-1 m and log |V^-1|.
@@ -75,18 +77,34 @@ class ScalePool:
         n, k = max(len(self.precision), len(log_sigma)), rows.target.shape[-1]
         variance = np.exp(2 * log_sigma)[:, None] + rows.multiplier[0] * np.exp(2 * log_omega)[:, None]
         weight = 1.0 / variance
-        bordered = np.empty((n, k + 1, k + 1))
-        np.add((weight @ rows.gram[0].reshape(-1, k * k)).reshape(-1, k, k), self.precision, out=bordered[:, :k, :k])
-        np.add(weight @ rows.target[0], self.vector, out=bordered[:, k, :k])
-        np.add(weight @ rows.square[0], self.square, out=bordered[:, k, k])
-        bordered[:, :k, k] = 0.0
-        left = np.linalg.cholesky(bordered)
+        # The information of rows as the bordered matrix is laid out, so that a product fills it; few draws at a time stay in the cache.
+        told = np.zeros((len(rows.count[0]), k + 1, k + 1))
+        told[:, :k, :k], told[:, k, :k], told[:, k, k] = rows.gram[0], rows.target[0], rows.square[0]
+        left = np.empty((n, k + 1, k + 1))
+        for start in range(0, n, _AT_ONCE):
+            part = slice(start, start + _AT_ONCE)
+            own = part if len(self.precision) > 1 else slice(None)
+            bordered = (weight[part if len(weight) > 1 else slice(None)] @ told.reshape(len(told), -1)).reshape(-1, k + 1, k + 1)
+            self._add_prior(bordered, own)
+            left[part] = np.linalg.cholesky(bordered)
         diagonal = np.diagonal(left, axis1=1, axis2=2)
         log_likelihood = 0.5 * self.log_det - np.log(diagonal[:, :k]).sum(axis=1) - 0.5 * diagonal[:, k] ** 2
         return left, log_likelihood - 0.5 * np.log(variance) @ rows.count[0]
 
+    def _add_prior(self, bordered: FloatArray, own: slice) -> None:
+        """Add what draws say of the coefficients to the information of rows bordered by its vector and square."""
+        pooled, k = self.vector.shape[-1], bordered.shape[-1] - 1
+        bordered[:, :pooled, :pooled] += self.precision[own]
+        bordered[:, k, :pooled] += self.vector[own]
+        bordered[:, k, k] += self.square[own]
+        bordered[:, range(pooled, k), range(pooled, k)] += 1.0
+
     def around(self, reference: FloatArray) -> ScalePool:
-        """Return the pool with means taken relative to `reference`, as the information of rows is, so that nothing cancels."""
+        """Return the pool with means taken relative to `reference`, as the information of rows is, so that nothing cancels.
+
+        That of the discrepancy is zero.
+        """
+        reference = reference[: self.vector.shape[-1]]
         shift = (self.precision.reshape(-1, len(reference)) @ reference).reshape(self.vector.shape)
         square = self.square - 2 * (self.vector @ reference) + shift @ reference
         return replace(self, vector=self.vector - shift, square=np.maximum(square, 0.0))
@@ -176,17 +194,14 @@ class NewConfiguration:
         x = self.density.join(scales["tau"], scales["hardware_share"], scales["sigma"], scales["omega"], populations)
         parts = [self.density.predictive(few, self.configuration) for few in _in_parts(x)]
         mean, covariance = (np.concatenate(each) for each in zip(*parts, strict=True))
-        k, scale = self.density.count_pooled, self.density.scale
-        mean = mean / scale
-        # The discrepancy of a new configuration is independent of all else, and one in units of its sd.
-        precision = np.broadcast_to(np.eye(len(scale)), covariance.shape).copy()
-        inverse = np.linalg.inv(covariance[:, :k, :k] / (scale[:k, None] * scale[:k]))
-        precision[:, :k, :k] = 0.5 * (inverse + np.swapaxes(inverse, 1, 2))
-        log_det = np.linalg.slogdet(precision[:, :k, :k])[1]
+        k, scale = self.density.count_pooled, self.density.pooled_scale
+        mean = mean[:, :k] / scale
+        precision = np.linalg.inv(covariance[:, :k, :k] / (scale[:, None] * scale))
+        precision = 0.5 * (precision + np.swapaxes(precision, 1, 2))
         vector = (precision @ mean[..., None])[..., 0]
         errors = ErrorPrior.given(scales["sigma"], scales["omega"], self.donors.priors)
         return ScalePool(
-            parent, scales, x, precision, vector, (mean * vector).sum(axis=1), log_det, errors
+            parent, scales, x, precision, vector, (mean * vector).sum(axis=1), np.linalg.slogdet(precision)[1], errors
         )  # fmt: skip
 
     @property
