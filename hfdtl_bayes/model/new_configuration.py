@@ -78,26 +78,24 @@ class ScalePool:
         variance = np.exp(2 * log_sigma)[:, None] + rows.multiplier[0] * np.exp(2 * log_omega)[:, None]
         weight = 1.0 / variance
         # The information of rows as the bordered matrix is laid out, so that a product fills it; few draws at a time stay in the cache.
-        told = np.zeros((len(rows.count[0]), k + 1, k + 1))
-        told[:, :k, :k], told[:, k, :k], told[:, k, k] = rows.gram[0], rows.target[0], rows.square[0]
-        left = np.empty((n, k + 1, k + 1))
+        told = np.zeros((1 + len(rows.count[0]), k + 1, k + 1))
+        told[1:, :k, :k], told[1:, k, :k], told[1:, k, k] = rows.gram[0], rows.target[0], rows.square[0]
+        pooled = self.vector.shape[-1]
+        told[0, range(pooled, k), range(pooled, k)] = 1.0
+        weighed = np.column_stack([np.ones(len(weight)), weight])
+        left, diagonal = np.empty((n, k + 1, k + 1)), np.empty((n, k + 1))
         for start in range(0, n, _AT_ONCE):
             part = slice(start, start + _AT_ONCE)
-            own = part if len(self.precision) > 1 else slice(None)
-            bordered = (weight[part if len(weight) > 1 else slice(None)] @ told.reshape(len(told), -1)).reshape(-1, k + 1, k + 1)
-            self._add_prior(bordered, own)
-            left[part] = np.linalg.cholesky(bordered)
-        diagonal = np.diagonal(left, axis1=1, axis2=2)
+            # One draw may stand for all, or one noise.
+            own, at = (part if len(v) > 1 else slice(None) for v in (self.precision, weight))
+            bordered = (weighed[at] @ told.reshape(len(told), -1)).reshape(-1, k + 1, k + 1)
+            bordered[:, :pooled, :pooled] += self.precision[own]
+            bordered[:, k, :pooled] += self.vector[own]
+            bordered[:, k, k] += self.square[own]
+            factor = np.linalg.cholesky(bordered)
+            left[part], diagonal[part] = factor, np.diagonal(factor, axis1=1, axis2=2)
         log_likelihood = 0.5 * self.log_det - np.log(diagonal[:, :k]).sum(axis=1) - 0.5 * diagonal[:, k] ** 2
         return left, log_likelihood - 0.5 * np.log(variance) @ rows.count[0]
-
-    def _add_prior(self, bordered: FloatArray, own: slice) -> None:
-        """Add what draws say of the coefficients to the information of rows bordered by its vector and square."""
-        pooled, k = self.vector.shape[-1], bordered.shape[-1] - 1
-        bordered[:, :pooled, :pooled] += self.precision[own]
-        bordered[:, k, :pooled] += self.vector[own]
-        bordered[:, k, k] += self.square[own]
-        bordered[:, range(pooled, k), range(pooled, k)] += 1.0
 
     def around(self, reference: FloatArray) -> ScalePool:
         """Return the pool with means taken relative to `reference`, as the information of rows is, so that nothing cancels.
