@@ -48,8 +48,8 @@ class SelectionSettings:
     """Steps that share a drift of the machine's speed."""
     misfit: float = 0.02
     """Relative sd of what the features get wrong, a smooth bend over the size of a step that rows of one size share: measured alike again and
-    again, they say no more of others. 0.02 is about what the roofline leaves on GPUs. 0 trusts the features: two to three times as fast, as
-    good for the median target at 50 rows, and up to 1.5 times the error of random rows on the worst where 0.02 has 1.3."""
+    again, they say no more of others. 0.02 is about what the roofline leaves on GPUs. 0 trusts the features: faster, as good
+    for the median target at 50 rows, and up to 1.5 times the error of random rows on the worst where 0.02 has 1.3."""
     max_unreachable: float = 0.99
     """Share of the deployment mix's variance that may be of what no row of the pool has anything of; above it no choice helps."""
 
