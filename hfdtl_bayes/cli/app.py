@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from hfdtl_bayes.cli.compare import compare
 from hfdtl_bayes.cli.cross_validation import cross_validate
 from hfdtl_bayes.cli.discover import discover
 from hfdtl_bayes.cli.donor_choice import choose_donors
@@ -114,6 +115,7 @@ app.command()(discover)
 app.command()(plan)
 app.command()(follow)
 app.command()(export)
+app.command()(compare)
 app.command()(inspect)
 app.command()(priors)
 app.command()(sensitivity)

@@ -24,7 +24,7 @@ from hfdtl_bayes.configuration import ServingConfiguration, weight_loading_floor
 from hfdtl_bayes.errors import ExportError
 from hfdtl_bayes.export.projection import closest_in_metric, closest_predictions
 from hfdtl_bayes.export.vectors import MICRO, TRAINED_PHYSICS, Backend, BlisVectors, ExportSettings, check_vectors
-from hfdtl_bayes.features import operating_points
+from hfdtl_bayes.features import FeatureSet, operating_points
 from hfdtl_bayes.model import LatencyPosterior
 from hfdtl_bayes.statistics import own_prior
 
@@ -222,23 +222,12 @@ class Projector:
     def not_told_apart(self) -> frozenset[str]:
         """Labels of betas whose single value these batches do not show; those of terms that are zero in all of them included.
 
-        Of each column, relative to the step's time, what is left after regression on all others, times one prior sd: how much step times
-        move when it changes and the others make up for it as well as they can. Config features fold into the constant, so neither they nor
-        it are told apart.
+        Config features fold into the constant, so neither they nor it are told apart.
         """
-        basis, used = self.backend.basis, self.used
-        prior_mean, prior_sd = own_prior(basis, self.configuration)
-        size = np.maximum(self.design @ np.maximum(prior_mean, 0.0), FLOOR_SHARE * weight_loading_floor_s(self.configuration))
-        columns = (self.design * prior_sd / size[:, None])[:, used]
-        names = [n for n, u in zip(basis.coef_names, used, strict=True) if u]
-        found = {n for n, u in zip(basis.coef_names, used, strict=True) if not u} | {f.name for f in basis.config}
-        for k, name in enumerate(names):
-            others = np.delete(columns, k, axis=1)
-            left = columns[:, k] - others @ np.linalg.lstsq(others, columns[:, k], rcond=1e-10)[0]
-            if np.sqrt(np.mean(left**2)) < self.settings.told_apart:
-                found.add(name)
-        if basis.config_row(self.configuration).any():
-            found.add(basis.residual[0].name)
+        apart = told_apart(self.backend.basis, self.design, self.configuration, self.settings)
+        found = {f.name for f in self.backend.basis.config} | {n for n, told in apart.items() if not told}
+        if self.backend.basis.config_row(self.configuration).any():
+            found.add(self.backend.basis.residual[0].name)
         return frozenset(n for n in self.backend.beta if self.backend.feature_of[n] in found)
 
     def in_blis_units(self, coefficients: FloatArray) -> tuple[float, ...]:
@@ -249,6 +238,34 @@ class Projector:
             float(physical.get(backend.feature_of[n], 0.0)) * (MICRO if n in backend.in_microseconds else 1.0)
             for n in backend.beta
         )
+
+
+def told_apart(
+    basis: FeatureSet, design: FloatArray, configuration: ServingConfiguration, settings: ExportSettings | None = None
+) -> dict[str, bool]:
+    """Return by coefficient, config features folded into the constant, whether batches show its single value.
+
+    Of each column, relative to the step's time, what is left after regression on all others, times one prior sd: how much step times
+    move when the coefficient changes and the others make up for it as well as they can.
+
+    Parameters
+    ----------
+    basis : FeatureSet
+    design : ndarray, shape (n, J)
+        Of the basis.
+    configuration : ServingConfiguration
+    settings : ExportSettings, optional
+    """
+    settings = settings or ExportSettings()
+    prior_mean, prior_sd = own_prior(basis, configuration)
+    size = np.maximum(design @ np.maximum(prior_mean, 0.0), FLOOR_SHARE * weight_loading_floor_s(configuration))
+    columns = design * prior_sd / size[:, None]
+    found = {}
+    for k, name in enumerate(basis.coef_names):
+        others = np.delete(columns, k, axis=1)
+        left = columns[:, k] - others @ np.linalg.lstsq(others, columns[:, k], rcond=1e-10)[0]
+        found[name] = bool(np.sqrt(np.mean(left**2)) >= settings.told_apart)
+    return found
 
 
 def _notes(configuration: ServingConfiguration, backend: Backend) -> tuple[str, ...]:
