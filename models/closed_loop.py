@@ -24,7 +24,7 @@ from hfdtl_bayes.sample import DONORS, TARGET, sample_store_path
 
 
 def main() -> None:
-    """Run the loop until it accepts or the recording is used up."""
+    """Run the loop until it accepts, the recording is used up, or it was long enough."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("store", type=Path, nargs="?", default=sample_store_path(), help="trace store [the embedded sample]")
     parser.add_argument("--donors", default=",".join(DONORS), help="config_ids, separated by commas [%(default)s]")
@@ -32,6 +32,7 @@ def main() -> None:
     parser.add_argument("--target", default=TARGET, help="config_id of the target [%(default)s]")
     parser.add_argument("--deployment", default="load0.85,load1.2", help="regimes that will be predicted [%(default)s]")
     parser.add_argument("--segment", type=int, default=60, help="steps that are sent at once [%(default)s]")
+    parser.add_argument("--most", type=int, default=50, help="segments after which to give up [%(default)s]")
     parser.add_argument("--out", type=Path, default=Path("reports/closed_loop"), help="folder to write into [%(default)s]")
     parser.add_argument("--draws", type=int, default=500, help="draws per chain of the donors [%(default)s]")
     parser.add_argument("--seed", type=int, default=0)
@@ -58,7 +59,7 @@ def main() -> None:
     # The loop. `measure` is the engine: here it looks the rows up, elsewhere it sends traffic and reads the trace.
     left = {s.name: s for s in recorded_segments(rows, rows=arguments.segment, by=("regime",))}
     loop, spent_s = ClosedLoop(donors, configuration, deployment, seed=arguments.seed), 0.0
-    while left and not loop.accepted:
+    while left and not loop.accepted and len(loop.parts) < arguments.most:
         path = loop.plan(list(left.values()))
         if not path.chosen:
             # A verdict is expected to accept, and does not yet: more of the traffic that tells most.

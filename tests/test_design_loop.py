@@ -78,6 +78,17 @@ def test_too_few_rows_are_no_verdict() -> None:
     assert one.take(steps(200, 3), "more") is not None
 
 
+def test_parts_added_together_are_those_taken_one_by_one() -> None:
+    apart, together = loop(), loop()
+    for i in range(2):
+        apart.take(steps(100, i), str(i))
+        together.add(steps(100, i), str(i))
+    assert together.verdict is None
+    together.update()
+    assert together.verdict.as_dict() == apart.verdict.as_dict()
+    assert together.update() is together.verdict
+
+
 def test_a_part_of_warm_up_alone_changes_nothing() -> None:
     one = loop()
     one.take(steps(20).assign(regime="warmup"), "warm")

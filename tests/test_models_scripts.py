@@ -105,6 +105,16 @@ def test_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     assert "without " in said
 
 
+def test_closed_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    words = ("--out", tmp_path, "--draws", 200, "--most", 2)
+    said = tell(monkeypatch, capsys, "closed_loop.py", *words)
+    saved = LatencyPosterior.load(tmp_path / "posterior.nc")
+    assert saved.target == TARGET
+    assert "vllm bench serve --host 127.0.0.1" in said
+    assert "the deployment mix is expected to be off by" in said
+    assert f"{TARGET}: " in said
+
+
 def test_leave_one_donor_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     words = ("--donors", ",".join(DONORS[:2]), "--rows", "0,50", "--out", tmp_path, "--draws", 150)
     said = tell(monkeypatch, capsys, "leave_one_donor_out.py", *words)

@@ -140,7 +140,7 @@ class ClosedLoop:
         self.verdict: Verdict | None = None
         self.parts: list[str] = []
         self.calibration, self.held_out = pd.DataFrame(), pd.DataFrame()
-        self._next_step, self._rows = 0, 0
+        self._next_step, self._rows, self._current = 0, 0, True
 
     @property
     def rows(self) -> int:
@@ -158,7 +158,15 @@ class ClosedLoop:
         return pd.concat([self.calibration, self.held_out]) if self._rows else pd.DataFrame()
 
     def take(self, steps: pd.DataFrame, label: str) -> Verdict | None:
-        """Take in one part: calibrate on it and judge by it; returns the verdict, None while there are too few rows for one.
+        """Add a part, calibrate and judge; returns the verdict, None while there are too few rows for one.
+
+        Parameters and errors are those of `add`.
+        """
+        self.add(steps, label)
+        return self.update()
+
+    def add(self, steps: pd.DataFrame, label: str) -> None:
+        """Add the rows of one part, to be calibrated on and judged by at the next `update`.
 
         Parameters
         ----------
@@ -170,12 +178,12 @@ class ClosedLoop:
         Raises
         ------
         InputError
-            If a column is missing; nothing is taken then.
+            If a column is missing; nothing is added then.
         """
         own = usable_rows(steps, self.configuration, self.donors.feature_set).copy()
         self.parts.append(label)
         if own.empty:
-            return self.verdict
+            return
         length = self.settings.block_length
         own["step_id"] = own["step_id"] - own["step_id"].iloc[0] // length * length + self._next_step
         self._next_step = int(own["step_id"].iloc[-1]) // length * length + length
@@ -184,11 +192,12 @@ class ClosedLoop:
         judges = judging_rows(own, self.settings)
         self.calibration = pd.concat([self.calibration, own[~judges]])
         self.held_out = pd.concat([self.held_out, own[judges]])
-        return self._update()
+        self._current = False
 
-    def _update(self) -> Verdict | None:
-        if len(self.calibration) < len(self.donors.feature_set.coef_names):
-            return None
+    def update(self) -> Verdict | None:
+        """Calibrate and judge if parts were added since; returns the verdict, None while there are too few rows for one."""
+        if self._current or len(self.calibration) < len(self.donors.feature_set.coef_names):
+            return self.verdict
         self.posterior = calibrate(
             self.donors,
             self.calibration,
@@ -206,6 +215,7 @@ class ClosedLoop:
             intended_rows=self.deployment,
             seed=self.seed,
         )
+        self._current = True
         return self.verdict
 
     def expectations(self) -> Expectations:

@@ -199,8 +199,9 @@ def follow(
     while True:
         parts, said = folder.poll()
         for part in parts:
-            loop.take(part.table.frame, part.path.name)
+            loop.add(part.table.frame, part.path.name)
         if parts:
+            loop.update()
             last = clock()
         end = LoopEnd.ACCEPTED if loop.accepted else None
         if end is None and clock() - started >= settings.limit_s:
