@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from hfdtl_bayes.sample import sample_store_path
     from hfdtl_bayes.statistics import statistics_from_rows
     from hfdtl_bayes.traces import TraceStore, read_requests, read_steps, write_store
+    from hfdtl_bayes.traces.readers import ingest
     from hfdtl_bayes.transfer import (
         CrossValidationSettings,
         VerdictSettings,
@@ -75,6 +76,7 @@ _HOME = {
     "forget": "transfer",
     "gpu": "configuration",
     "held_out_rows": "transfer",
+    "ingest": "traces.readers",
     "operating_points": "features",
     "prior_predictive": "model",
     "promote": "transfer",
@@ -123,6 +125,7 @@ __all__ = [
     "forget",
     "gpu",
     "held_out_rows",
+    "ingest",
     "operating_points",
     "prior_predictive",
     "promote",

@@ -148,13 +148,15 @@ def test_a_store_is_not_overwritten_silently(run_a: Run, tmp_path: Path):
     out, trace = tmp_path / "store", write_trace(run_a, tmp_path)
     words = ("--configuration", configuration_file(run_a, tmp_path), "--out", out)
     done("ingest", run_a.folder / "noisy.traces.json.gz", *words)
+    assert (out / "A.steps.rejected.csv").exists()
     before = contents(out)
     again = run("ingest", trace, *words)
     assert (again.code, contents(out)) == (2, before)
     assert "exists already" in again.err
     done("ingest", trace, *words, "--overwrite")
     assert sorted(p.name for p in (out / "A").iterdir()) == ["client_requests.parquet", "configuration.yaml", "ingest.json"]
-    assert [p.name for p in out.iterdir() if p.name.startswith(".")] == []
+    # Nothing is left over, not even what had been set aside of the recording that was replaced.
+    assert [p.name for p in out.iterdir()] == ["A"]
 
 
 def test_a_configuration_that_waits_in_the_store_is_filled(run_a: Run, tmp_path: Path):

@@ -275,6 +275,22 @@ def test_chunks_and_bad_ones(tmp_path: Path):
         read_itl([path])
 
 
+@given(st.integers(1, 200))
+def test_chunks_cut_anywhere_are_never_wrong(tmp_path_factory: pytest.TempPathFactory, cut: int):
+    path = tmp_path_factory.mktemp("cut") / "i.csv"
+    path.write_text(
+        "request_id,chunk_index,timestamp_us\n" + "".join(f"{r},{c},{1000 * c + r}\n" for r in range(4) for c in range(4))
+    )
+    whole = read_itl([path]).chunks.to_numpy().tolist()
+    path.write_bytes(path.read_bytes()[:cut])
+    try:
+        found = read_itl([path])
+    except InputError:
+        return
+    assert found.chunks.to_numpy().tolist() == whole[: len(found.chunks)]
+    assert len(found.rejections) == (0 if path.read_bytes().endswith(b"\n") else 1)
+
+
 # JSON.
 
 

@@ -279,6 +279,14 @@ def test_two_lines_written_into_each_other_give_the_whole_one(tmp_path: Path):
     assert (glued.requests["request_id"].tolist(), len(glued.rejections)) == (["good", "other"], 0)
 
 
+def test_an_object_that_turns_out_wrong_is_read_once(tmp_path: Path):
+    data = json.loads(GOOD)
+    data["resourceSpans"].append({"scopeSpans": [{"name": "no spans"}]})
+    found = read_otlp([written(tmp_path / "a.json", json.dumps(data), step_line(1, 0, 20_000, (10, 1), (0, 0)))])
+    assert found.requests["request_id"].tolist() == ["good"]
+    assert found.rejections.lines() == ["1 set aside: not an OTLP object (KeyError: 'spans') (line 1)"]
+
+
 def test_a_request_without_an_end_is_kept_and_named(tmp_path: Path):
     cut = core_line("cut", event("QUEUED", 0, 0), event("SCHEDULED", 0, 1), event("FIRST_TOKEN", 20_000_000, 1, output=1))
     found = read_otlp([written(tmp_path / "a.json", GOOD, cut)])

@@ -227,3 +227,11 @@ def test_tables_that_are_none(tmp_path: Path):
     (tmp_path / "cut.csv.gz").write_bytes(whole[:-20])
     with pytest.raises(InputError, match="cut short"):
         read_batch_summary([tmp_path / "cut.csv.gz"])
+
+
+def test_a_last_row_that_was_cut_is_not_taken(tmp_path: Path):
+    path = tmp_path / "s.csv"
+    path.write_text(table().to_csv(index=False)[:-3])
+    found = read_batch_summary([path])
+    assert found.steps["step_id"].tolist() == [1, 3]
+    assert found.rejections.lines() == ["1 set aside: the last line is without its end: the file was cut short (line 4, step 2)"]

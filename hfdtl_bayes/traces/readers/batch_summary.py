@@ -12,7 +12,7 @@ import pandas as pd
 
 from hfdtl_bayes.errors import InputError
 from hfdtl_bayes.traces.parts import unreadable
-from hfdtl_bayes.traces.readers.lines import is_gzip
+from hfdtl_bayes.traces.readers.lines import is_gzip, last_line_ended
 from hfdtl_bayes.traces.readers.recording import STEP_CLOCKS, STEP_VALUES, UNKNOWN, Recording, Rejections
 from hfdtl_bayes.traces.store import read_table
 
@@ -164,6 +164,9 @@ def _part(path: Path, rejections: Rejections) -> pd.DataFrame:
                 bad.append((f"{columns[name].theirs} is negative", numbers < 0))
             if name in _REQUIRED:
                 bad.append((f"{columns[name].theirs} is missing or not a number", ~np.isfinite(numbers)))
+    if text and not is_gzip(path) and not last_line_ended(path):
+        # A number that was cut is a number still.
+        bad.insert(0, ("the last line is without its end: the file was cut short", np.arange(n) == n - 1))
     out = np.zeros(n, dtype=bool)
     # The first line of a CSV names the columns.
     first = 2 if text else 1

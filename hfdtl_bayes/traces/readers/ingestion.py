@@ -71,11 +71,16 @@ class Ingested:
         files = [f for t in self.tables if (f := t.write_rejected(folder)) is not None]
         parts = [r.rejections.frame() for r in self.recordings] + [self.assembled.rejections.frame()]
         parts = [p for p in parts if len(p)]
+        lines = folder / f"{self.folder.name}.ingest.rejected.csv"
         if parts:
-            target = folder / f"{self.folder.name}.ingest.rejected.csv"
-            with atomic(target) as part:
+            with atomic(lines) as part:
                 pd.concat(parts, ignore_index=True).to_csv(part, index=False)
-            files.append(target)
+            files.append(lines)
+        # What was set aside of a recording that this one has replaced.
+        earlier = [lines, *(folder / f"{self.folder.name}.{t}.rejected.csv" for t in ("steps", "requests"))]
+        for path in earlier:
+            if path not in files:
+                path.unlink(missing_ok=True)
         return files
 
 

@@ -73,8 +73,11 @@ def _read(
     lines: list[int],
     files: list[int],
 ) -> None:
-    stream = text_lines(path)
-    _, head = next(stream)
+    stream = text_lines(path, ended=True)
+    try:
+        _, head = next(stream)
+    except CutShortError as error:
+        raise InputError(str(error)) from None
     found = [name.strip() for name in head.decode("utf-8", "replace").split(",")]
     if tuple(found) != COLUMNS:
         raise InputError(f"{path}: line 1 is {','.join(found)[:200]!r}; an ITL file begins with {','.join(COLUMNS)!r}")

@@ -40,6 +40,13 @@ def is_gzip(path: Path) -> bool:
         return file.read(2) == _GZIP
 
 
+def last_line_ended(path: Path) -> bool:
+    """Return whether a plain file ends with the end of a line."""
+    with path.open("rb") as file:
+        file.seek(-1, 2)
+        return file.read(1) in (b"\n", b"\r")
+
+
 def _blocks(path: Path) -> Iterator[bytes]:
     packed = is_gzip(path)
     with path.open("rb") as file:
@@ -61,15 +68,22 @@ def _blocks(path: Path) -> Iterator[bytes]:
             raise CutShortError(f"{path}: the gzip data ends before its end; the file was cut short")
 
 
-def text_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+def text_lines(path: Path, *, ended: bool = False) -> Iterator[tuple[int, bytes]]:
     """Give the lines of a file with their numbers from 1, without their ends.
+
+    Parameters
+    ----------
+    path : Path
+    ended : bool
+        True where a line that was cut short may look whole, as one that ends in a number does: a last line without its end is then
+        damage, not a line.
 
     Raises
     ------
     MissingInputError
         If nothing is at `path`.
     CutShortError
-        After the last line that could be read, if a gzip file is cut short or damaged.
+        After the last whole line, if a gzip file is cut short or damaged, or the last line is without its end where `ended` is asked.
     InputError
         If the file is empty, a folder, or holds a line too long to be a record.
     """
@@ -93,10 +107,12 @@ def text_lines(path: Path) -> Iterator[tuple[int, bytes]]:
         for line in lines:
             number += 1
             yield number, line.rstrip(b"\r")
-    if rest:
-        yield number + 1, rest.rstrip(b"\r")
+    if damage is None and rest and ended:
+        damage = CutShortError(f"{path}: line {number + 1}, the last, is without its end; the file was cut short")
     if damage is not None:
         raise damage
+    if rest:
+        yield number + 1, rest.rstrip(b"\r")
 
 
 def first_bytes(path: Path, count: int = 1 << 16) -> bytes:

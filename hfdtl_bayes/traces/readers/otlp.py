@@ -80,30 +80,39 @@ class _Reader:
         try:
             for self.line, raw in text_lines(path):
                 try:
-                    self.document(from_json(raw))
-                except (ValueError, TypeError, KeyError, AttributeError, LookupError):
+                    data = from_json(raw)
+                except ValueError:
                     self.damaged(raw)
+                else:
+                    self.sound(data, raw)
         except CutShortError as error:
             self.rejections.add(path, 0, str(error))
 
+    def sound(self, data: Any, raw: bytes | str) -> None:
+        """Read an object that is whole; if it is no OTLP after all, what was read of it before stays."""
+        try:
+            self.document(data)
+        except (ValueError, TypeError, KeyError, AttributeError, LookupError) as error:
+            text = raw.decode("utf-8", "replace") if isinstance(raw, bytes) else raw
+            self.reject(f"not an OTLP object ({type(error).__name__}: {error})", content=text)
+
     def damaged(self, raw: bytes) -> None:
-        """Read what is sound of a line that is not one object, and set the rest aside."""
+        """Read the whole objects of a line that is more or less than one, and set the rest aside."""
         text = raw.decode("utf-8", "replace").strip()
         decoder = json.JSONDecoder()
         while text:
             try:
                 data, end = decoder.raw_decode(text)
-                if not isinstance(data, dict) or "resourceSpans" not in data:
-                    raise ValueError("no resourceSpans")
-                self.document(data)
-            except (ValueError, TypeError, KeyError, AttributeError, LookupError, RecursionError):
+                if not isinstance(data, dict):
+                    raise ValueError("no object")
+            except (ValueError, RecursionError):
                 # The beginning of an object that another was written into: what follows may be whole.
-                following = text.find('{"resourceSpans"', 1)
                 self.reject("not an OTLP object: cut short, or two lines written into each other", content=text)
-                if following < 0:
+                end = text.find('{"resourceSpans"', 1)
+                if end < 0:
                     return
-                text = text[following:]
-                continue
+            else:
+                self.sound(data, text)
             text = text[end:].lstrip(" ,\t")
 
     def document(self, data: Any) -> None:

@@ -144,7 +144,7 @@ def _columns(path: Path, head: str) -> tuple[str, ...]:
 def _records(path: Path, rejections: Rejections) -> tuple[list[tuple[int, dict[str, str]]], int]:
     """Return the fields of each line by column, with its number, and how many lines had another number of fields."""
     stream = text_lines(path)
-    _, head = next(stream)
+    _, head = next(stream)  # a file that is cut short before its first end of a line says so by itself
     columns = _columns(path, head.decode("utf-8-sig", "replace"))
     records, wrong = [], 0
     pending, begun = "", 0
