@@ -440,6 +440,33 @@ def test_sampled_steps_use_the_consecutive_ones(shared_data: Path, tmp_path: Pat
         assemble([read_otlp([written(tmp_path / "b.json", *(_with_duration(x, 700) for x in steps[::2]))])], run.configuration)
 
 
+def test_a_sample_of_steps_or_of_journeys_gives_what_it_holds(shared_data: Path, tmp_path: Path):
+    run = open_run(shared_data / "blis_runs" / "B_llama-3.1-70b-instruct_A100-80_tp4")
+    with gzip.open(run.folder / "noisy.traces.json.gz", "rt") as file:
+        lines = [line.rstrip("\n") for line in file]
+    rng = np.random.default_rng(0)
+    raw = run.steps().set_index("step_id")
+    steps = [x for x in lines if "BATCH_SUMMARY" not in x or rng.random() < 0.3]
+    some = assemble([read_otlp([written(tmp_path / "steps.json", *steps)])], run.configuration).steps
+    assert some is not None
+    assert 3_000 < len(some) < 4_200
+    same = raw.loc[some["step_id"]]
+    assert some["context_tokens"].tolist() == same["sum_decode_ctx"].tolist()
+    assert some["prompt_attention_tokens"].tolist() == same["sum_prefill_ti_si"].tolist()
+    # Of three journeys in ten no batch follows but those that happen to be whole; the queue at queueing does not follow at all.
+    journeys = [x for x in lines if "BATCH_SUMMARY" in x or rng.random() < 0.3]
+    few = assemble([read_otlp([written(tmp_path / "journeys.json", *journeys)])], run.configuration)
+    assert few.steps is not None
+    assert few.requests is not None
+    assert len(few.steps) == len(raw)
+    known = few.steps["context_tokens"].notna().to_numpy()
+    assert 0 < known.sum() < len(raw) / 4
+    assert few.steps["context_tokens"][known].tolist() == raw["sum_decode_ctx"][known].tolist()
+    assert "prompt_attention_tokens" not in few.steps.columns
+    assert "waiting_requests" not in few.requests.columns
+    assert any("do not account for the other batches" in note for note in few.notes)
+
+
 def _with_duration(line: str, microseconds: int) -> str:
     data = json.loads(line)
     (only,) = data["resourceSpans"][0]["scopeSpans"][0]["spans"][0]["events"]

@@ -314,12 +314,19 @@ def _seconds(values: pd.Series, origin: int) -> NDArray[np.float64]:
     return np.where(known, (values.to_numpy() - np.where(known, origin, 0)) / 1e9, np.nan)
 
 
+def _without_gaps(steps: pd.DataFrame) -> pd.DataFrame:
+    """Drop BLIS's attention where it is not known of every step: unlike the columns of the schema, nothing derives it row by row."""
+    known = steps["prompt_attention_tokens"].where(steps["prefill_tokens"] != 0, 0.0)
+    return steps.assign(prompt_attention_tokens=known if known.notna().all() else np.nan)
+
+
 def _in_seconds(steps: pd.DataFrame | None, requests: pd.DataFrame, work: Assembly) -> Assembled:
     stamps = [requests[c] for c in CLOCKS] + ([steps["start_ns"]] if steps is not None else [])
     known = np.concatenate([s[s != UNKNOWN].to_numpy() for s in stamps])
     origin = int(known.min()) if len(known) else 0
     out_steps = None
     if steps is not None:
+        steps = _without_gaps(steps)
         out_steps = pd.DataFrame(
             {
                 "step_id": steps["step_id"],
