@@ -28,6 +28,10 @@ _SERVER_SIDE, _CLIENT_SIDE = ("otlp",), ("trace-v2", "itl", "blis-results", "bli
 _REBUILT = ("context_tokens", "prefill_attention_tokens", "prompt_attention_tokens")
 _COMPLETE = 0.99
 """Share of batches that the requests must account for to be all that were served: single steps may be missing at the edges."""
+_REBUILT_FROM_ALL = (
+    "no batches were recorded: they are rebuilt from the requests, which must be all that were served. A sample of requests, as of "
+    "--journey-tracing-sample-rate below 1, gives batches that are too small"
+)
 _COUNTED = ("prefill_tokens", "decode_tokens", "prefill_requests", "decode_requests")
 
 
@@ -149,7 +153,7 @@ def _steps(
     _set_aside(work, steps, timed & ~kept, "it starts before the step before it: a clock jump")
     _set_aside(work, steps, ~timed, "when it started is not known: the engine may have been idle before it")
     configuration = work.configuration
-    stays = _episodes(found, requests, episodes, kept, recorded=recorded)
+    stays = _episodes(found, requests, episodes, kept)
     complete = True
     if stays is not None:
         observed = (steps["prefill_tokens"] + steps["decode_tokens"]).to_numpy(dtype=float) if recorded else None
@@ -163,11 +167,14 @@ def _steps(
             decoding=decoding,
         )
         requests = _scheduled(requests, stays, built, steps)
+        if configuration.engine.prefix_caching and (requests["cached_tokens"] == UNKNOWN).any():
+            work.notes.append("hits in the prefix cache are not recorded: prompts count as computed whole")
         if recorded:
             steps, complete = _filled(steps, built, work)
         else:
             steps = steps.assign(**{name: getattr(built, name) for name in (*_COUNTED, *_REBUILT)})
             certain = certain & built.certain
+            work.notes.append(_REBUILT_FROM_ALL)
             # Whoever was queued by the start of a step and is scheduled in none up to it waits.
             steps = steps.assign(waiting_requests=_waiting(steps, requests))
     _set_aside(work, steps, kept & ~certain, "what was computed in it does not follow from the requests")
@@ -192,16 +199,14 @@ def _set_aside(work: Assembly, steps: pd.DataFrame, mask: BoolArray, reason: str
         work.rejections.add(work.source, 0, reason, what=f"step {step}")
 
 
-def _ends(steps: pd.DataFrame, kept: BoolArray) -> IntArray | None:
+def _starts_if_whole(steps: pd.DataFrame, kept: BoolArray) -> IntArray | None:
     """Return where each step starts if the table is whole, None if steps are missing: times do not say the step then."""
     if not kept.all() or (np.diff(steps["step_id"].to_numpy()) != 1).any():
         return None
     return steps["start_ns"].to_numpy()
 
 
-def _episodes(
-    found: StepFrame, requests: pd.DataFrame, episodes: pd.DataFrame, kept: BoolArray, *, recorded: bool
-) -> Episodes | None:
+def _episodes(found: StepFrame, requests: pd.DataFrame, episodes: pd.DataFrame, kept: BoolArray) -> Episodes | None:
     """Return the stays of all requests by step number; None if there is nothing that could tell."""
     steps = found.steps
     ids = steps["step_id"].to_numpy()
@@ -231,7 +236,7 @@ def _episodes(
         begins[1:] = np.where(begins[1:] == UNKNOWN, ends[:-1], begins[1:])
         not_before = 1 + np.searchsorted(begins, since, "left")
     else:
-        starts = _ends(steps, kept)
+        starts = _starts_if_whole(steps, kept)
         if starts is None:
             return None
         first, token, last = unknown.copy(), unknown.copy(), unknown.copy()
