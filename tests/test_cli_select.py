@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect as introspection
+import sys
 from pathlib import Path
 
 import pandas as pd
@@ -56,6 +57,18 @@ def test_a_table_of_steps_is_a_deployment_mix(tmp_path: Path) -> None:
     table = selected(*words, "--deployment", mix, "--out", tmp_path / "a.csv").json
     regimes = selected(*words, "--deployment", ",".join(HEAVY), "--out", tmp_path / "b.csv").json
     assert table["selection"] == regimes["selection"]
+
+
+def test_a_pool_that_teaches_little_of_the_mix_is_said_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Of the light steps' own variance the pool leaves 9 %, of long prefills, of which it has next to none, 29 %.
+    monkeypatch.setattr(sys.modules["hfdtl_bayes.cli.select"], "_OUT_OF_REACH", 0.2)
+    steps = pd.read_parquet(TARGET_STEPS)
+    few = steps[steps["regime"] == "load0.15"]
+    for tokens, said in ((0, False), (1500, True)):
+        few.assign(prefill_tokens=tokens, prefill_requests=int(tokens > 0)).to_csv(tmp_path / "mix.csv", index=False)
+        words = ("--regimes", "load0.15", "--deployment", tmp_path / "mix.csv", "--out", tmp_path / "s.csv")
+        ran = selected("--budget", 5, *words)
+        assert ("this pool teaches little of that traffic" in ran.err) == said
 
 
 def test_words_for_a_person(tmp_path: Path) -> None:

@@ -11,12 +11,13 @@ import numpy as np
 import pandas as pd
 import pytest
 from posterior_fits import SAMPLER, three_fitted, traffic
-from simulation import BLOCK, PRIORS, THREE, TINY, batches, configuration
+from simulation import BENT, BLOCK, PRIORS, THREE, TINY, batches, configuration
 
 from hfdtl_bayes.design import Acquisition, Selection, SelectionSettings, select_in_rounds, select_rows
 from hfdtl_bayes.design.candidates import coverage_bins, misfit_columns
 from hfdtl_bayes.errors import HfdtlError, InputError, UnknownNameError
 from hfdtl_bayes.model import LatencyPosterior, fit
+from hfdtl_bayes.statistics import statistics_from_rows
 from hfdtl_bayes.transfer import variance_sources
 from hfdtl_bayes.transfer.calibration import calibrate_by_statistics
 
@@ -128,6 +129,16 @@ def test_misfit_is_shared_by_rows_of_one_size() -> None:
     )
     picked = chosen(pool, 20, settings=wary).rows(pool)
     assert 8 <= (picked["prefill_tokens"] == 0).sum() <= 12
+
+
+def test_features_with_a_discrepancy_need_no_misfit_beside_it() -> None:
+    statistics = [statistics_from_rows(traffic(own, 100 + i, 600), own, BENT, block_length=BLOCK) for i, own in enumerate(THREE)]
+    bent = fit(statistics, BENT, PRIORS, SAMPLER, seed=5, show_progress=False)
+    one, other = (chosen(steps(60), posterior=bent, settings=replace(FEW, misfit=m)) for m in (0.0, 0.3))
+    np.testing.assert_array_equal(one.index, other.index)
+    np.testing.assert_array_equal(one.expected_sd, other.expected_sd)
+    without = [chosen(steps(60), settings=replace(FEW, misfit=m)).expected_sd[-1] for m in (0.0, 0.3)]
+    assert without[0] < without[1]
 
 
 def test_no_label_is_read() -> None:

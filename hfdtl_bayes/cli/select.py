@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 DRAWS, MISFIT, ACQUISITION = 16, 0.02, "deployment"
 
 _OUT_OF_REACH = 0.5
-"""Share of the mix's variance out of the pool's reach from which this is said aloud."""
+"""Share of the mix's variance out of the pool's reach, or left were all of the pool measured, from which this is said aloud."""
 
 
 def select(
@@ -123,6 +123,13 @@ def select(
             save_figure(uncertainty_map(posterior, found, pool, configuration, mix, settings=settings, seed=seed), figure)
     if found.unreachable > _OUT_OF_REACH:
         say(f"warning: {found.unreachable:.0%} of the deployment mix's variance is of what no row of the pool has anything of")
+    left = (found.pool_sd / found.expected_sd[0]) ** 2
+    # Of a calibrated target much may be known already, and little left to learn says nothing of the pool.
+    if left > _OUT_OF_REACH and posterior.target != config:
+        say(
+            f"warning: were all {len(pool)} rows of the pool measured, {left:.0%} of the deployment mix's variance would be left (sd "
+            f"{found.pool_sd:.1%}): this pool teaches little of that traffic, however its rows are chosen; measure traffic more like it"
+        )
     table = found.to_frame()
     result: dict[str, Any] = {
         "out": out,

@@ -270,6 +270,8 @@ def believed(
 ) -> tuple[Belief, Candidates, FloatArray]:
     """Return what is known before any pick, misfit included, the rows of the pool, and the designs of the mix's rows, shape (J, K).
 
+    Features that have a discrepancy of their own need no misfit beside it: the posterior has it.
+
     Parameters and errors are those of `select_rows`.
     """
     belief = belief_of(posterior, configuration, draws=settings.draws, seed=seed)
@@ -277,7 +279,7 @@ def believed(
         posterior, pool, configuration, belief.scale, block_length=settings.block_length, cost=cost, key=_key(posterior)
     )
     design, expected = relative_design(posterior, deployment, configuration, belief.scale, "the deployment mix")
-    if settings.misfit > 0:
+    if settings.misfit > 0 and not posterior.feature_set.discrepancy:
         own = misfit_columns(pool, posterior.expected_s(pool, configuration))
         theirs = misfit_columns(deployment, expected)
         # Knots that no row is near would cost time and change nothing.
