@@ -35,7 +35,7 @@ from hfdtl_bayes.transfer.checks import check_judged, make_evidence
 from hfdtl_bayes.transfer.checks.accuracy import Ratio, probability_ratio_below
 
 NEW = configuration("new", "H100", 4)
-FEW = SegmentSettings(draws=8, block_length=BLOCK)
+FEW = SegmentSettings(draws=8, block_length=BLOCK, misfit=0.0)
 GRID = TrafficGrid(concurrencies=(1, 16), prompt_tokens=(20, 400), output_tokens=(8, 60), durations_s=(1.0, 3.0))
 
 
@@ -115,6 +115,21 @@ def test_a_second_time_the_same_traffic_tells_less() -> None:
     assert (np.diff(path.gains) < 0).all()
     assert (np.diff([s.error for s in path.standings]) < 0).all()
     assert path.limits.error < path.standings[-1].error
+
+
+def test_what_features_get_wrong_is_not_learned_from_steps_of_another_size() -> None:
+    own, mix = THREE[2], batches(np.random.default_rng(9), 40).assign(prefill_tokens=700)
+    small, alike = segment("small", 60, 1, prefill=False), Segment("alike", mix, 1.0)
+    errors = []
+    for misfit in (0.0, 0.1):
+        trusting = replace(FEW, misfit=misfit)
+        found = expectations_of(three_fitted(), own, mix, settings=trusting)
+        effects = segment_effects(three_fitted(), [small, alike], own, found.belief, trusting)
+        errors.append([float(found.aim.error(found.covariance(1e6 * e.information))) for e in effects])
+    # Sent without end, steps of the mix's size leave nothing; others leave a bend of 10 % between two knots.
+    assert errors[1][1] < 0.002
+    assert errors[0][0] < 0.02
+    assert 0.5 * 0.08 < errors[1][0] < 0.08
 
 
 def test_recorded_segments_are_sent_once_and_within_the_budget() -> None:
@@ -404,7 +419,9 @@ def test_segments_that_are_none() -> None:
         segment_effects(three_fitted(), [segment("none", 0, 1)], NEW, belief, FEW)
 
 
-@pytest.mark.parametrize(("name", "value"), [("draws", 0), ("judging_every", 1), ("most_segments", 0), ("smallest_reach", 1.0)])
+@pytest.mark.parametrize(
+    ("name", "value"), [("draws", 0), ("judging_every", 1), ("most_segments", 0), ("smallest_reach", 1.0), ("misfit", -0.1)]
+)
 def test_settings_that_mean_nothing(name: str, value: float) -> None:
     with pytest.raises(InputError, match=name):
         replace(FEW, **{name: value})

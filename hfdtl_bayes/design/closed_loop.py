@@ -21,7 +21,6 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from hfdtl_bayes.configuration import ServingConfiguration
-from hfdtl_bayes.design.belief import belief_of
 from hfdtl_bayes.design.segments import (
     Expectations,
     Segment,
@@ -31,6 +30,7 @@ from hfdtl_bayes.design.segments import (
     deployment_aim,
     feature_seconds,
     judging_rows,
+    planning_belief,
     segment_effects,
 )
 from hfdtl_bayes.design.stopping import AcceptanceSettings, JudgedBlocks
@@ -79,7 +79,7 @@ def expectations_of(
     if posterior.feature_set.quantity != "step_time":
         raise InputError(f"traffic is planned for step times, and this posterior is of {posterior.feature_set.quantity}")
     settings, acceptance = settings or SegmentSettings(), acceptance or AcceptanceSettings()
-    belief = belief_of(posterior, configuration, draws=settings.draws, seed=seed)
+    belief = planning_belief(posterior, configuration, settings, seed=seed)
     known = np.zeros(len(posterior.feature_set.coef_names))
     if measured is not None and len(measured):
         known = feature_seconds(posterior, measured, configuration).max(axis=0)

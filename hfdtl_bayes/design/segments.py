@@ -23,8 +23,8 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from hfdtl_bayes.configuration import ServingConfiguration
-from hfdtl_bayes.design.belief import DEFAULT_DRAWS, Belief
-from hfdtl_bayes.design.candidates import relative_design
+from hfdtl_bayes.design.belief import DEFAULT_DRAWS, Belief, belief_of
+from hfdtl_bayes.design.candidates import MISFIT_KNOTS, misfit_columns, relative_design
 from hfdtl_bayes.design.greedy import DeploymentMix
 from hfdtl_bayes.design.stopping import AcceptanceSettings, JudgedBlocks, PlannedBlocks, simulated_probabilities
 from hfdtl_bayes.errors import InputError
@@ -56,6 +56,10 @@ class SegmentSettings:
     """Steps that share a drift of the machine's speed."""
     judging_every: int = 4
     """Every so manieth time block judges and does not calibrate. A verdict needs a handful of blocks, calibration most of the rows."""
+    misfit: float = 0.02
+    """Relative sd of what the features get wrong, a smooth bend over the tokens of a step that steps of one size share: about what the
+    roofline leaves on GPUs. Without it, cheap traffic of one kind would seem to tell all of every other. Not used where the feature set
+    has a discrepancy of its own; 0 trusts the features."""
     most_segments: int = 12
     """Segments of one plan at most: after some of them it is time to calibrate and to plan anew."""
     smallest_reach: float = 0.01
@@ -72,6 +76,8 @@ class SegmentSettings:
         for name, least in (("draws", 1), ("mix_rows", 1), ("block_length", 1), ("judging_every", 2), ("most_segments", 1)):
             if getattr(self, name) < least:
                 raise InputError(f"{name} must be at least {least}, found {getattr(self, name)}")
+        if not 0 <= self.misfit < float("inf"):
+            raise InputError(f"misfit must be a relative sd of 0 or more, found {self.misfit}")
         if not 0 <= self.smallest_reach < 1:
             raise InputError(f"smallest_reach must be a share from 0 to below 1, found {self.smallest_reach}")
 
@@ -111,6 +117,25 @@ def judging_rows(frame: pd.DataFrame, settings: SegmentSettings) -> NDArray[np.b
     if not len(blocks):
         return np.zeros(0, dtype=bool)
     return np.asarray((blocks - blocks[0]) % settings.judging_every == 1)
+
+
+def planning_belief(
+    posterior: LatencyPosterior, configuration: ServingConfiguration, settings: SegmentSettings, *, seed: int = 0
+) -> Belief:
+    """Return what is known of a configuration, misfit of the features included; parameters and errors as `belief_of`."""
+    belief = belief_of(posterior, configuration, draws=settings.draws, seed=seed)
+    if posterior.feature_set.discrepancy or not settings.misfit:
+        return belief
+    return belief.with_misfit(MISFIT_KNOTS, settings.misfit)
+
+
+def _design(
+    posterior: LatencyPosterior, frame: pd.DataFrame, configuration: ServingConfiguration, belief: Belief, what: str
+) -> FloatArray:
+    """Return relative designs, shape (n, K), with the columns of misfit after them if the belief has it."""
+    count = len(posterior.feature_set.coef_names)
+    design, expected = relative_design(posterior, frame, configuration, belief.scale[:count], what)
+    return design if len(belief.scale) == count else np.column_stack([design, misfit_columns(frame, expected)])
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,7 +188,7 @@ def deployment_aim(
     InputError
         If it is empty, the features do not describe a row, or the weights do not fit.
     """
-    design, _ = relative_design(posterior, frame, configuration, belief.scale, "the deployment mix")
+    design = _design(posterior, frame, configuration, belief, "the deployment mix")
     given = np.ones(len(frame)) if weights is None else np.asarray(weights, dtype=float)
     if given.shape != (len(frame),) or not (np.isfinite(given) & (given >= 0)).all() or not given.sum() > 0:
         raise InputError(
@@ -228,7 +253,7 @@ def segment_effects(
             raise InputError(f"segment {segment.name!r} has no steps; leave it out")
     # All at once: features and the posterior's mean have a cost per call.
     joined = pd.concat([s.steps for s in segments], ignore_index=True)
-    designs, _ = relative_design(posterior, joined, configuration, belief.scale, "the traffic")
+    designs = _design(posterior, joined, configuration, belief, "the traffic")
     seconds = feature_seconds(posterior, joined, configuration)
     made, at = [], 0
     for segment in segments:

@@ -164,7 +164,7 @@ class TrafficPlan:
     def __str__(self) -> str:
         """Return the plan as lines for a person."""
         lines = [
-            f"{self.config_id}: the deployment mix is expected to be off by {self.before.error:.1%} now, noise and misfit not counted; "
+            f"{self.config_id}: the deployment mix is expected to be off by {self.before.error:.1%} now, noise not counted; "
             f"{self.before.unjudged:.0%} of its time is beyond anything measured"
         ]
         for i, s in enumerate(self.segments, 1):
