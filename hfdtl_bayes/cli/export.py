@@ -282,26 +282,22 @@ def _prepared(
         say(table.summary())
         tables.append(table)
         frame = table.frame
+    elif watched is not None and may_lack and configuration.config_id not in watched.config_ids:
+        say(f"{configuration.config_id} is not in {watched.path}: exported for all batches the engine can run, alpha0 as 0")
+        watched = None
     elif watched is not None:
-        try:
-            frame = drop_warmup(watched.steps(configuration.config_id).frame)
-        except MissingInputError as error:
-            if not may_lack:
-                raise
-            say(f"{configuration.config_id}: {error}; exported for all batches the engine can run")
+        frame = drop_warmup(watched.steps(configuration.config_id).frame)
     alpha_us = dict.fromkeys(BACKENDS, (0.0, 0.0, 0.0)) | _recorded_alphas(
         watched, configuration, frame is not None or not may_lack
     )
     return _One(configuration, frame, alpha_us | alphas)
 
 
-def _recorded_alphas(
-    watched: WatchedStore | None, configuration: ServingConfiguration, expected: bool
-) -> dict[str, tuple[float, float, float]]:
+def _recorded_alphas(watched: WatchedStore | None, configuration: ServingConfiguration) -> dict[str, tuple[float, float, float]]:
     """Return the alphas that requests of the store give, by backend, in BLIS's units; none where no requests tell."""
     from hfdtl_bayes.export import BLACKBOX, CROSSMODEL, TRAINED_PHYSICS, idle_api_delay_s, queueing_alpha_s  # noqa: PLC0415
 
-    if watched is None or not expected:
+    if watched is None:
         return {}
     try:
         requests = watched.requests(configuration.config_id).frame

@@ -126,8 +126,6 @@ def go_source(
         "FEATURE_SET": posterior.feature_set.name,
         "DONORS": ", ".join(posterior.donors) or "none",
         "INPUT_HASH": posterior.input_hash,
-        "STEP_COUNT": str(len(step.features)),
-        "CONFIG_COUNT": str(len(posterior.feature_set.config)),
         "CONFIGURATION_FIELDS": _configuration_fields(step, alpha),
         "PLUS_DISCREPANCY": " + discrepancy" if step.misfit is not None else "",
         "DISCREPANCY_SUM": _DISCREPANCY_SUM if step.misfit is not None else "",
@@ -358,7 +356,12 @@ def _with_their_own(names: Sequence[str]) -> list[str]:
 
 
 def _configuration_fields(step: _Latency, alpha: _Latency | None) -> str:
-    fields = []
+    fields = [
+        ("ID", "string"),
+        ("step", "stepConstants"),
+        ("stepDeviation", f"[{len(step.features)}]float64"),
+        ("stepConfig", f"[{len(step.gamma)}]float64"),
+    ]
     if step.misfit is not None:
         fields += [("discrepancy", f"[{len(step.misfit[0])}]float64"), ("priorConfig", "float64")]
     if alpha is None:
@@ -371,8 +374,7 @@ def _configuration_fields(step: _Latency, alpha: _Latency | None) -> str:
         ]
         if alpha.posterior.feature_set.support is not None:
             fields += [("maxNumSeqs", "float64"), ("kvCapacityTokens", "float64")]
-    # As wide as the longest name of the struct, which stands in the template.
-    width = max(len("stepDeviation"), *(len(n) for n, _ in fields))
+    width = max(len(n) for n, _ in fields)
     return "".join(f"\t{n:<{width}} {kind}\n" for n, kind in fields)
 
 
