@@ -287,9 +287,7 @@ def _prepared(
         watched = None
     elif watched is not None:
         frame = drop_warmup(watched.steps(configuration.config_id).frame)
-    alpha_us = dict.fromkeys(BACKENDS, (0.0, 0.0, 0.0)) | _recorded_alphas(
-        watched, configuration, frame is not None or not may_lack
-    )
+    alpha_us = dict.fromkeys(BACKENDS, (0.0, 0.0, 0.0)) | _recorded_alphas(watched, configuration)
     return _One(configuration, frame, alpha_us | alphas)
 
 
