@@ -27,6 +27,7 @@ from hfdtl_bayes.cli.priors import priors
 from hfdtl_bayes.cli.reduction import merge, statistics
 from hfdtl_bayes.cli.select import select
 from hfdtl_bayes.cli.sensitivity import sensitivity
+from hfdtl_bayes.cli.simulate import simulate
 from hfdtl_bayes.cli.verdict import verdict
 from hfdtl_bayes.errors import HfdtlError, RejectedRowsWarning
 
@@ -115,6 +116,7 @@ app.command()(discover)
 app.command()(plan)
 app.command()(follow)
 app.command()(export)
+app.command()(simulate)
 app.command()(compare)
 app.command()(inspect)
 app.command()(priors)

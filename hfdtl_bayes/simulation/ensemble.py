@@ -8,7 +8,7 @@ coefficients (what calibration can still narrow).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from hfdtl_bayes.configuration import ServingConfiguration
 from hfdtl_bayes.errors import HfdtlError, InputError
+from hfdtl_bayes.features import FeatureSet
 from hfdtl_bayes.model import LatencyPosterior
 from hfdtl_bayes.replay import ReplaySettings, RequestOverheads, Requests, Traffic, replay, step_time_function
 from hfdtl_bayes.simulation.attribution import LEVEL, OVERHEADS, Attribution, NextMeasurement, attribute, next_measurement
@@ -120,9 +121,13 @@ class Simulation:
     steps : DataFrame
         Steps of the run at the mean: the deployment mix for `select` and `plan`; empty for BLIS.
     drift : SpeedDrift
+    features : FeatureSet
+        Of the posterior.
     failed : tuple of str
         What went wrong in the runs that were not made.
     seed : int
+    names : dict of str to str
+        Files that commands are to name, see `named`.
     """
 
     config_id: str
@@ -134,7 +139,7 @@ class Simulation:
     seconds: pd.DataFrame
     steps: pd.DataFrame
     drift: SpeedDrift
-    features: Any
+    features: FeatureSet
     failed: tuple[str, ...] = ()
     seed: int = 0
     names: Mapping[str, str] = field(default_factory=dict)
@@ -218,6 +223,10 @@ class Simulation:
             config_id=self.config_id,
             **self.names,
         )
+
+    def named(self, *, posterior_file: str, steps_file: str) -> Simulation:
+        """Return the same with the files that commands are to name."""
+        return replace(self, names={"posterior_file": posterior_file, "steps_file": steps_file})
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""

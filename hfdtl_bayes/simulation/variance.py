@@ -84,8 +84,10 @@ def expected_values(values: FloatArray, components: Components) -> FloatArray:
     """Return draws of the expected value of a metric given the coefficients, shape (D,).
 
     The means of the members, drawn in to the spread that is the coefficients' own: a mean of few runs has that of its runs as well.
+    The spread is not taken below the Monte Carlo error of the mean of all, below which an estimate of zero says nothing.
     """
     member = values.mean(axis=(1, 2))
     spread = float(member.var(ddof=1))
-    kept = np.sqrt(components.coefficients / spread) if spread > 0 else 0.0
+    own = max(components.coefficients, spread / len(member))
+    kept = np.sqrt(own / spread) if spread > 0 else 0.0
     return np.asarray(member.mean() + min(kept, 1.0) * (member - member.mean()))
