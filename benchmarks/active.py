@@ -48,7 +48,7 @@ from hfdtl_bayes.traces import TraceStore, time_blocks
 from hfdtl_bayes.transfer import fit_donors, usable_rows
 from hfdtl_bayes.transfer.calibration import calibrate_by_statistics
 
-COUNTS = (10, 25, 50, 75, 100, 150, MOST)
+COUNTS = (10, 25, 50, 100, MOST)
 """Numbers of rows at which targets are calibrated."""
 
 FIRST = 10

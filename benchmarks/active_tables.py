@@ -25,9 +25,6 @@ WORSE = 2.0
 
 RESAMPLES = 400
 
-SHOWN = (10, 25, 50, 100, 200)
-"""Numbers of rows that learning curves are printed at."""
-
 
 def matrix(scores: pd.DataFrame, value: str = "mape") -> np.ndarray:
     """Return the mean over draws by target and seed, shape (targets, seeds); NaN where a seed was not run."""
@@ -76,9 +73,7 @@ def by_scenario_and_rule(scores: pd.DataFrame, cells: Callable[[pd.DataFrame], d
 
 def by_rows(scores: pd.DataFrame) -> pd.DataFrame:
     """Return the learning curves against numbers of rows."""
-    return by_scenario_and_rule(
-        scores, lambda own: {int(n): with_interval(matrix(at)) for n, at in own.groupby("n") if n in SHOWN}
-    )
+    return by_scenario_and_rule(scores, lambda own: {int(n): with_interval(matrix(at)) for n, at in own.groupby("n")})
 
 
 def at_seconds(scores: pd.DataFrame) -> pd.DataFrame:
