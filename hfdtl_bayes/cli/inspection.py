@@ -45,7 +45,15 @@ def inspect(posterior_file: PosteriorFile, as_json: AsJson = False) -> None:
         "priors": {"settings": asdict(posterior.priors), "sentences": posterior.priors.sentences(posterior.feature_set)},
     }
     parts = [_described(name, table, found[name], designs.get(name)) for name in (_POPULATION, *posterior.config_ids)]
-    closing = [*map(str, worth), *(f"{k}: {', '.join(v) if isinstance(v, list) else v}" for k, v in origin.items() if v)]
+    believed = [
+        f"discrepancy: {len(posterior.feature_set.discrepancy)} coefficients of each configuration's own are beliefs about the features' "
+        "misfit, not listed and not judged"
+    ]
+    closing = [
+        *(believed if posterior.feature_set.discrepancy else ()),
+        *map(str, worth),
+        *(f"{k}: {', '.join(v) if isinstance(v, list) else v}" for k, v in origin.items() if v),
+    ]
     show(result, "\n\n".join([repr(posterior), *parts, "\n".join(closing)]), as_json=as_json)
 
 

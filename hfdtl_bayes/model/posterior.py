@@ -336,9 +336,10 @@ class LatencyPosterior:
         return tuple(effective_rows(s, sigma[:, c], omega[:, c]) for c, s in enumerate(self.statistics))
 
     def coefficient_table(self) -> pd.DataFrame:
-        """Return every coefficient with level, unit, posterior mean, sd, 95 % interval and P(< 0).
+        """Return every pooled coefficient with level, unit, posterior mean, sd, 95 % interval and P(< 0).
 
-        In physical units (the reference multiplied in). Rows: population coefficients, then each configuration's own.
+        The discrepancy is left out: it is what the model gets wrong in one configuration, and no number to be used elsewhere. In
+        physical units (the reference multiplied in). Rows: population coefficients, then each configuration's own.
         """
         rows = []
 
@@ -369,7 +370,7 @@ class LatencyPosterior:
                 add("population", f.name, draws[:, i])
         theta = self.draws_of("theta")
         for c, config_id in enumerate(self.config_ids):
-            for k, name in enumerate(self.feature_set.coef_names):
+            for k, name in enumerate(self.feature_set.pooled_names):
                 add(config_id, name, theta[:, c, k])
         return pd.DataFrame(rows)
 

@@ -369,7 +369,10 @@ def coefficient_intervals(posterior: LatencyPosterior, config_id: str) -> pd.Dat
     centre = posterior.population_draws(configuration)
     prior_mean, prior_sd = own_prior(features, configuration)
     half = norm.ppf(0.95) * prior_sd
-    out = pd.DataFrame(index=list(features.coef_names), dtype=float)
+    # The discrepancy is a belief about misfit; as coefficients its parts mean nothing.
+    k = len(features.pooled)
+    theta, centre, prior_mean, half = theta[..., :k], centre[:, :k], prior_mean[:k], half[:k]
+    out = pd.DataFrame(index=list(features.pooled_names), dtype=float)
     out["prior_low"], out["prior_high"] = prior_mean - half, prior_mean + half
     for kind, draws in (("population", centre), ("own", theta[:, c])):
         out[f"{kind}_mean"] = draws.mean(axis=0)
@@ -377,7 +380,7 @@ def coefficient_intervals(posterior: LatencyPosterior, config_id: str) -> pd.Dat
     for i, other in enumerate(posterior.config_ids):
         if i != c:
             out[f"mean {other}"] = theta[:, i].mean(axis=0)
-    used = np.abs(features.design(operating_points(configuration), configuration)).max(axis=0) > 0
+    used = np.abs(features.design(operating_points(configuration), configuration)[:, :k]).max(axis=0) > 0
     return out[used]
 
 

@@ -160,7 +160,8 @@ def _possible_design(statistics: ConfigStatistics, feature_set: FeatureSet) -> F
     if feature_set.quantity != "step_time":
         return None
     try:
-        return feature_set.design(operating_points(statistics.configuration), statistics.configuration)
+        possible = feature_set.design(operating_points(statistics.configuration), statistics.configuration)
+        return possible[:, : len(feature_set.pooled)]
     except HfdtlError:  # a user's set may read columns that no operating point has
         return None
 
@@ -224,7 +225,9 @@ def _near_groups(unit: FloatArray, settings: CollinearitySettings) -> list[tuple
 def design_condition(
     statistics: ConfigStatistics, feature_set: FeatureSet, settings: CollinearitySettings | None = None
 ) -> DesignCondition:
-    """Diagnose what the rows of one configuration can tell apart.
+    """Diagnose what the rows of one configuration can tell apart, of the pooled coefficients.
+
+    Those of the discrepancy repeat the other columns by construction, and are told apart by belief.
 
     Parameters
     ----------
@@ -243,8 +246,8 @@ def design_condition(
         If the statistics are not finite, or every column is zero: such rows say nothing.
     """
     settings = settings or CollinearitySettings()
-    names = np.array(statistics.coef_names)
-    unit, present = _unit_columns(stacked_design(statistics))
+    names = np.array(feature_set.pooled_names)
+    unit, present = _unit_columns(stacked_design(statistics)[:, : len(names)])
     if not present.any():
         raise StatisticsError(
             f"configuration {statistics.config_id!r}: every column of feature set {statistics.feature_set!r} is zero in every row; "

@@ -66,7 +66,7 @@ def require_enough_rows(frame: pd.DataFrame, configuration: ServingConfiguration
     InputError
         Says how many rows there are and how many are needed.
     """
-    needed = len(features.coef_names)
+    needed = len(features.pooled)
     if len(frame) < needed:
         raise InputError(
             f"configuration {configuration.config_id!r} has {len(frame)} usable row(s) for the {needed} coefficients of feature "

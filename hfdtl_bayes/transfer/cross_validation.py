@@ -381,7 +381,7 @@ def _statistics(run: _Run, fold: Fold) -> tuple[list[ConfigStatistics], dict[str
             reasons[d] = f"as a donor: only its statistics are kept, which may hold rows of {fold.regime}"
         else:
             frame = own.frame[own.frame["regime"] != fold.regime]
-            if len(frame) < len(run.features.coef_names):
+            if len(frame) < len(run.features.pooled):
                 reasons[d] = f"as a donor: {len(frame)} rows are left without {fold.regime}, too few to fit"
             else:
                 # Reduced anew, for the row scale and which rows are outliers are also learned from the rows.

@@ -88,9 +88,9 @@ def streamed_statistics(
     store.took(found.report)
     if found.report.rejected_rows or found.report.unreadable:
         warnings.warn(found.report.summary(), RejectedRowsWarning, skip_file_prefixes=(_PACKAGE,))
-    if found.statistics.rows < len(features.coef_names):
+    if found.statistics.rows < len(features.pooled):
         raise InputError(
-            f"configuration {config_id!r} has {found.statistics.rows} usable row(s) for the {len(features.coef_names)} coefficients of "
+            f"configuration {config_id!r} has {found.statistics.rows} usable row(s) for the {len(features.pooled)} coefficients of "
             f"feature set {features.name!r}; give more traces, or predict it zero-shot from the donors"
         )
     return found.statistics

@@ -241,7 +241,7 @@ class TargetStream:
             If fewer rows count than there are coefficients.
         """
         own = self.statistics
-        needed = len(own.coef_names)
+        needed = len(self.donors.feature_set.pooled)
         if own.rows < needed:
             raise InputError(
                 f"{own.rows} row(s) of {own.config_id!r} count, {needed} are needed for as many coefficients; add more first, "

@@ -59,7 +59,7 @@ class VarianceSources:
         Seconds squared, a column for each of `SOURCES`. All zero in rows outside the feature set's support.
     by_coefficient : DataFrame, n rows
         Seconds squared, a column for each coefficient: its part of the variance of the expected value, the sum of `COEFFICIENT_SOURCES`.
-        Negative where it makes good what others get wrong. The constant holds the config features.
+        Negative where it makes good what others get wrong. The constant holds the config features; the discrepancy is one column.
     removed_if_known : DataFrame, n rows
         Share of the variance of the expected value that would go if the coefficient were known exactly; these do not add up.
     scale_s : ndarray, shape (n,)
@@ -234,12 +234,20 @@ def variance_sources(
     variance = (along * design).sum(axis=1)
     denominator = np.diag(total) * variance[:, None]
     removed = np.divide(along**2, denominator, out=np.zeros_like(along), where=denominator > 0)
-    names = list(features.coef_names)
+    names, parts = list(features.pooled_names), along * design
+    if features.discrepancy:
+        # One source, whatever its number of coefficients: known together.
+        k = len(names)
+        names.append("discrepancy")
+        together = np.vecdot(along[:, k:], np.linalg.solve(total[k:, k:], along[:, k:].T).T)
+        known = np.divide(together, variance, out=np.zeros_like(variance), where=variance > 0)
+        removed = np.column_stack([removed[:, :k], known])
+        parts = np.column_stack([parts[:, :k], parts[:, k:].sum(axis=1)])
     return VarianceSources(
         configuration.config_id,
         configuration.config_id in posterior.config_ids,
         pd.DataFrame(columns, index=index),
-        pd.DataFrame(along * design, index=index, columns=names),
+        pd.DataFrame(parts, index=index, columns=names),
         pd.DataFrame(removed, index=index, columns=names),
         scale,
     )

@@ -115,6 +115,11 @@ class Evidence:
         return self.posterior.feature_set.coef_names
 
     @property
+    def pooled_names(self) -> tuple[str, ...]:
+        """Names of the pooled coefficients, the first: along the discrepancy nothing is looked for, as it is there to take up misfit."""
+        return self.posterior.feature_set.pooled_names
+
+    @property
     def error_variance(self) -> tuple[float, float]:
         """Posterior means of sigma^2 and omega^2."""
         return float(np.mean(self.sigma**2)), float(np.mean(self.omega**2))

@@ -102,7 +102,7 @@ def candidate_columns(evidence: Evidence, parts: list[Traffic]) -> tuple[tuple[s
     typical = float(np.concatenate([t.scale for t in parts]).mean())
     ends = np.cumsum([len(t.scale) for t in parts])[:-1]
     design = np.concatenate([t.relative_design * t.scale[:, None] for t in parts])
-    columns: dict[str, FloatArray] = {n: design[:, k] / typical for k, n in enumerate(evidence.names)}
+    columns: dict[str, FloatArray] = {n: design[:, k] / typical for k, n in enumerate(evidence.pooled_names)}
     for name in (n for n in COLUMNS if all(n in t.frame.columns for t in parts)):
         value = np.concatenate([t.frame[name].to_numpy(dtype=float) for t in parts])
         columns[name] = value / max(float(np.mean(np.abs(value))), 1e-300)
@@ -244,7 +244,7 @@ def check_slopes(evidence: Evidence, settings: LackOfFitSettings | None = None) 
     if held is None:
         return Check(SLOPES, Status.CANNOT_SAY, "there are no held-out rows to compare the slopes with")
     design = held.relative_design * held.scale[:, None]
-    present = np.flatnonzero((design != 0).any(axis=0))
+    present = np.flatnonzero((design[:, : len(evidence.pooled_names)] != 0).any(axis=0))
     names = tuple(evidence.names[k] for k in present)
     scores, _ = score_tests(evidence, names, [(held, design[:, present])], 0)
     size = np.maximum(np.abs(evidence.mean[present]), 1e-300)
