@@ -8,7 +8,7 @@ carry 5 % noise, errors are against the noise-free time. Rows are drawn at rando
 or from chat, tested on summarisation; or from decode-only steps, tested on steps with prefill; or from light chat, tested on heavy code and
 summarisation. Recorded engine: tested on the last 30 % of every regime's time blocks; or calibrated at loads up to 0.5, tested from 0.85. The
 standard donors run everything; for other sets (`transfer_splits.DONOR_SETS`) ours runs at 0 and 50 rows. With --discrepancy also the
-feature set `roofline-discrepancy`, whose calibrations take twenty times as long.
+feature set `roofline-discrepancy`.
 
 Tables, MAPE in per cent, median over targets (90th percentile, worst):
 

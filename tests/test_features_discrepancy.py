@@ -8,7 +8,8 @@ import pytest
 
 import hfdtl_bayes as hb
 from hfdtl_bayes.configuration import configuration_from_mapping
-from hfdtl_bayes.features import feature_set
+from hfdtl_bayes.errors import InputError
+from hfdtl_bayes.features import PriorRange, feature_set
 from hfdtl_bayes.model import SamplerSettings, fit
 from hfdtl_bayes.sample import DONORS, sample_store_path
 from hfdtl_bayes.statistics import statistics_from_rows
@@ -85,3 +86,15 @@ def test_a_bend_is_found() -> None:
     # All the others together may take up a part that is common to all sizes.
     others = theta[:, [at - 2, at + 2]].mean(axis=1)
     assert (theta[:, at] - others).mean() == pytest.approx(0.06, abs=0.02)
+
+
+def test_a_discrepancy_has_no_sign_and_no_population() -> None:
+    first = WITH.discrepancy[0]
+    with pytest.raises(InputError, match=r"'discrepancy_1' has the prior range \(-0.05, 0.1\).*\(-0.1, 0.1\).*residual feature"):
+        WITH.with_priors({first.name: PriorRange(-0.05, 0.1)})
+    wider = WITH.with_priors({first.name: PriorRange(-0.1, 0.1)})
+    assert wider.discrepancy_sd[0] == pytest.approx(0.1 / 1.6448536269514722)
+    assert WITH.coef_names == (*WITH.pooled_names, *(f.name for f in WITH.discrepancy))
+    assert WITH.pooled == WITHOUT.varying
+    assert "each its own" in first.prior_sentence()
+    assert "population" not in first.prior_sentence()
