@@ -1,7 +1,7 @@
 """Bayesian transfer of LLM serving latency models: from vLLM traces to BLIS coefficients with error bars.
 
 The verbs of the command line under their Python names: `fit_donors`, `calibrate`, `LatencyPosterior.predict`, `verdict`,
-`blis_vectors` (export), `run_demo`. Names load on first use, so that importing the package costs nothing.
+`blis_vectors` (export), `simulate`, `run_demo`. Names load on first use, so that importing the package costs nothing.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         sensitivity,
     )
     from hfdtl_bayes.sample import sample_store_path
+    from hfdtl_bayes.simulation import Workload, overhead_draws, simulate, speed_drift
     from hfdtl_bayes.statistics import statistics_from_rows
     from hfdtl_bayes.traces import TraceStore, read_requests, read_steps, write_store
     from hfdtl_bayes.traces.readers import ingest
@@ -61,6 +62,7 @@ _HOME = {
     "ServingConfiguration": "configuration",
     "TraceStore": "traces",
     "VerdictSettings": "transfer",
+    "Workload": "simulation",
     "blis_flags": "export",
     "blis_vectors": "export",
     "blis_yaml": "export",
@@ -78,6 +80,7 @@ _HOME = {
     "held_out_rows": "transfer",
     "ingest": "traces.readers",
     "operating_points": "features",
+    "overhead_draws": "simulation",
     "prior_predictive": "model",
     "promote": "transfer",
     "rank_donors": "transfer",
@@ -90,6 +93,8 @@ _HOME = {
     "run_demo": "cli.demo",
     "sample_store_path": "sample",
     "sensitivity": "model",
+    "simulate": "simulation",
+    "speed_drift": "simulation",
     "statistics_from_rows": "statistics",
     "usable_rows": "transfer",
     "variance_sources": "transfer",
@@ -109,6 +114,7 @@ __all__ = [
     "ServingConfiguration",
     "TraceStore",
     "VerdictSettings",
+    "Workload",
     "__version__",
     "blis_flags",
     "blis_vectors",
@@ -127,6 +133,7 @@ __all__ = [
     "held_out_rows",
     "ingest",
     "operating_points",
+    "overhead_draws",
     "prior_predictive",
     "promote",
     "rank_donors",
@@ -139,6 +146,8 @@ __all__ = [
     "run_demo",
     "sample_store_path",
     "sensitivity",
+    "simulate",
+    "speed_drift",
     "statistics_from_rows",
     "usable_rows",
     "variance_sources",
