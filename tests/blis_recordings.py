@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from hfdtl_bayes.configuration import ServingConfiguration, configuration_from_mapping
@@ -69,3 +70,33 @@ def run_steps(folder: Path, table: str = "clean") -> tuple[pd.DataFrame, pd.Data
         "prompt_attention_tokens": raw["sum_prefill_ti_si"],
     }
     return raw, pd.DataFrame(columns).astype(float)
+
+
+BLACKBOX_RUNS = ("BB1_llama-3.1-8b-instruct_H100_tp2", "BB2_phi-4_H100_tp2")
+
+
+def blackbox_steps(folder: Path) -> pd.DataFrame:
+    """The steps of a recorded run of the older blackbox backend: microseconds, and tokens of each phase.
+
+    The log has no batches. A request prefills whole in the step at which it is scheduled, then decodes one token a step.
+    """
+    steps = pd.read_csv(folder / "steps_from_debug_log.csv")
+    requests = pd.read_csv(folder / "requests.csv").set_index("requestID")
+    events = pd.read_csv(folder / "events_from_debug_log.csv")
+    scheduled = events[events["event"] == "Schedule"].set_index("request")["t_us"]
+    steps[["prefill_tokens", "decode_tokens"]] = 0.0
+    for request, row in requests.iterrows():
+        first = int(np.flatnonzero(steps["ts_start_us"] == scheduled[request]).item())
+        steps.loc[first, "prefill_tokens"] += row["num_prefill_tokens"]
+        steps.loc[first + 1 : first + row["num_decode_tokens"] - 1, "decode_tokens"] += 1
+    return steps
+
+
+def blackbox_requests(folder: Path) -> pd.DataFrame:
+    """The requests of such a run as columns of the trace store."""
+    events = pd.read_csv(folder / "events_from_debug_log.csv")
+    at = events.pivot_table(index="request", columns="event", values="t_us", aggfunc="first")
+    lengths = pd.read_csv(folder / "requests.csv").set_index("requestID")["num_prefill_tokens"]
+    times = at[["Arrival", "Queued"]].dropna() * 1e-6
+    times.columns = pd.Index(["arrival_s", "queued_s"])
+    return times.join(lengths.rename("prompt_tokens"), how="inner").sort_values("arrival_s")

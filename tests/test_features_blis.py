@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from blis_recordings import RUNS, blis_hardware, run_configuration, run_steps
+from blis_recordings import BLACKBOX_RUNS, RUNS, blackbox_steps, blis_hardware, run_configuration, run_steps
 
 from hfdtl_bayes.configuration import ServingConfiguration, configuration_from_mapping
 from hfdtl_bayes.export import blis_step_time_us
@@ -60,20 +60,12 @@ def test_the_basis_has_six_directions_within_one_configuration(run: tuple[dict, 
     assert np.linalg.matrix_rank(design[:, size > 0] / size[size > 0], tol=1e-9) == 6
 
 
-@pytest.mark.parametrize("name", ["BB1_llama-3.1-8b-instruct_H100_tp2", "BB2_phi-4_H100_tp2"])
+@pytest.mark.parametrize("name", BLACKBOX_RUNS)
 def test_blackbox_steps_are_blis_own(name: str, shared_data: Path) -> None:
     folder = shared_data / "blis_runs" / name
     truth = json.loads((folder / "truth.json").read_text())
-    steps = pd.read_csv(folder / "steps_from_debug_log.csv")
-    requests = pd.read_csv(folder / "requests.csv").set_index("requestID")
-    events = pd.read_csv(folder / "events_from_debug_log.csv")
-    scheduled = events[events["event"] == "Schedule"].set_index("request")["t_us"]
-    # The log has no batches. A request prefills whole in the step at which it is scheduled, then decodes one token a step.
-    frame = pd.DataFrame(0.0, index=steps.index, columns=["prefill_tokens", "decode_tokens"])
-    for request, row in requests.iterrows():
-        first = int(np.flatnonzero(steps["ts_start_us"] == scheduled[request]).item())
-        frame.loc[first, "prefill_tokens"] += row["num_prefill_tokens"]
-        frame.loc[first + 1 : first + row["num_decode_tokens"] - 1, "decode_tokens"] += 1
+    steps = blackbox_steps(folder)
+    frame = steps[["prefill_tokens", "decode_tokens"]]
     blackbox = feature_set("blis-blackbox")
     constant, per_prefill, per_decode = np.array(truth["beta_true"]) * 1e-6
     physical = dict(zip(("prefill_tokens", "decode_tokens", "constant"), (per_prefill, per_decode, constant), strict=True))

@@ -13,7 +13,7 @@ because errors are relative: it is the Kullback-Leibler projection of the poster
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from hfdtl_bayes.configuration import ServingConfiguration, weight_loading_floor_s
 from hfdtl_bayes.errors import ExportError
+from hfdtl_bayes.export.noise_free import NoiseFree, noise_free_coefficients
 from hfdtl_bayes.export.projection import closest_in_metric, closest_predictions
 from hfdtl_bayes.export.vectors import MICRO, TRAINED_PHYSICS, Backend, BlisVectors, ExportSettings, check_vectors
 from hfdtl_bayes.features import FeatureSet, operating_points
@@ -56,7 +57,8 @@ def blis_vectors(
         Fitted, or never seen.
     traffic : DataFrame, optional
         Batches the vector is to be right for and is judged on; by default a grid over all batches the engine can run. With
-        traffic, that grid decides only what the traffic leaves open.
+        traffic, that grid decides only what the traffic leaves open. Step times are not read but to see whether the recording is of a
+        simulator without noise; see `noise_free_coefficients`.
     alpha0_s : float
         Idle delay from arrival to queue, seconds; see `idle_api_delay_s`.
     alpha_us : tuple of float, optional
@@ -81,9 +83,22 @@ def blis_vectors(
         If a column of the traffic is missing or not finite.
     """
     projector = Projector.of(posterior, configuration, traffic, backend=backend, settings=settings, seed=seed)
-    vectors = projector.vectors(posterior.draws(configuration, seed).mean, alpha_us or (alpha0_s * MICRO, 0.0, 0.0))
+    theta = posterior.draws(configuration, seed).mean
+    notes: tuple[str, ...] = ()
+    if projector.exact and traffic is not None and "step_time_s" in traffic.columns:
+        found = noise_free_coefficients(projector.own * MICRO, traffic["step_time_s"].to_numpy(float) * MICRO)
+        if found is not None:
+            theta, notes = found.centre, (_noise_free_note(projector, found),)
+    vectors = projector.vectors(theta, alpha_us or (alpha0_s * MICRO, 0.0, 0.0))
+    vectors = replace(vectors, notes=(*vectors.notes, *notes))
     check_vectors(vectors, settings)
     return vectors
+
+
+def _noise_free_note(projector: Projector, found: NoiseFree) -> str:
+    low, high = projector.in_blis_units(found.low), projector.in_blis_units(found.high)
+    bounds = ", ".join(f"{n} {a:.6g} to {b:.6g}" for n, a, b in zip(projector.backend.beta, low, high, strict=True))
+    return f"the recording has no noise: whole microseconds allow {bounds}, and the middle of that is exported"
 
 
 @dataclass(frozen=True)
@@ -245,8 +260,9 @@ def told_apart(
 ) -> dict[str, bool]:
     """Return by coefficient, config features folded into the constant, whether batches show its single value.
 
-    Of each column, relative to the step's time, what is left after regression on all others, times one prior sd: how much step times
-    move when the coefficient changes and the others make up for it as well as they can.
+    It does if knowing the expected time of every batch to the relative error `ExportSettings.told_apart` would remove more than half of
+    the prior's variance of it, the others being as uncertain as their priors are: a coefficient whose change another would have to
+    follow by many prior sds is told apart from it.
 
     Parameters
     ----------
@@ -260,12 +276,9 @@ def told_apart(
     prior_mean, prior_sd = own_prior(basis, configuration)
     size = np.maximum(design @ np.maximum(prior_mean, 0.0), FLOOR_SHARE * weight_loading_floor_s(configuration))
     columns = design * prior_sd / size[:, None]
-    found = {}
-    for k, name in enumerate(basis.coef_names):
-        others = np.delete(columns, k, axis=1)
-        left = columns[:, k] - others @ np.linalg.lstsq(others, columns[:, k], rcond=1e-10)[0]
-        found[name] = bool(np.sqrt(np.mean(left**2)) >= settings.told_apart)
-    return found
+    precision = columns.T @ columns / (len(columns) * settings.told_apart**2) + np.eye(len(basis.coef_names))
+    left = np.diag(np.linalg.inv(precision))
+    return {name: bool(share < 0.5) for name, share in zip(basis.coef_names, left, strict=True)}
 
 
 def _notes(configuration: ServingConfiguration, backend: Backend) -> tuple[str, ...]:
