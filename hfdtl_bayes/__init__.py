@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from hfdtl_bayes.cli.demo import run_demo
     from hfdtl_bayes.configuration import ServingConfiguration, configuration_from_huggingface, gpu, read_configuration
     from hfdtl_bayes.errors import HfdtlError, RejectedRowsWarning
-    from hfdtl_bayes.export import blis_flags, blis_vectors, blis_yaml
+    from hfdtl_bayes.export import blis_ensemble, blis_flags, blis_vectors, blis_yaml, coefficient_card, go_source
     from hfdtl_bayes.features import Feature, FeatureSet, feature_set, operating_points, register_candidate, register_feature_set
     from hfdtl_bayes.model import (
         LatencyPosterior,
@@ -63,10 +63,12 @@ _HOME = {
     "TraceStore": "traces",
     "VerdictSettings": "transfer",
     "Workload": "simulation",
+    "blis_ensemble": "export",
     "blis_flags": "export",
     "blis_vectors": "export",
     "blis_yaml": "export",
     "calibrate": "transfer",
+    "coefficient_card": "export",
     "combine_donors": "transfer",
     "configuration_from_huggingface": "configuration",
     "cross_validate": "transfer",
@@ -76,6 +78,7 @@ _HOME = {
     "fit": "model",
     "fit_donors": "transfer",
     "forget": "transfer",
+    "go_source": "export",
     "gpu": "configuration",
     "held_out_rows": "transfer",
     "ingest": "traces.readers",
@@ -116,10 +119,12 @@ __all__ = [
     "VerdictSettings",
     "Workload",
     "__version__",
+    "blis_ensemble",
     "blis_flags",
     "blis_vectors",
     "blis_yaml",
     "calibrate",
+    "coefficient_card",
     "combine_donors",
     "configuration_from_huggingface",
     "cross_validate",
@@ -129,6 +134,7 @@ __all__ = [
     "fit",
     "fit_donors",
     "forget",
+    "go_source",
     "gpu",
     "held_out_rows",
     "ingest",
