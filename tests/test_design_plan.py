@@ -31,7 +31,7 @@ from hfdtl_bayes.design.traffic_plan import TrafficPlan, plan_traffic
 from hfdtl_bayes.errors import InputError
 from hfdtl_bayes.replay import Batch, Lengths, Traffic, replay
 from hfdtl_bayes.traces import time_blocks
-from hfdtl_bayes.transfer.checks import check_judged, make_evidence
+from hfdtl_bayes.transfer.checks import check_judged, known_amounts, make_evidence
 from hfdtl_bayes.transfer.checks.accuracy import Ratio, probability_ratio_below
 
 NEW = configuration("new", "H100", 4)
@@ -151,7 +151,7 @@ def test_unjudged_time_is_what_the_verdict_will_call_so() -> None:
     )
     verdict_says = check_judged(evidence).table["share_of_time_beyond"].sum()
     aim = deployment_aim(posterior, asked, own, belief_of(posterior, own, draws=4), None, FEW)
-    known = feature_seconds(posterior, pd.concat([seen, held]), own).max(axis=0)
+    known = known_amounts(feature_seconds(posterior, pd.concat([seen, held]), own), 5)
     assert verdict_says > 0.01
     assert aim.unjudged(known) == pytest.approx(verdict_says, rel=1e-6)
 

@@ -38,6 +38,7 @@ from hfdtl_bayes.errors import InputError
 from hfdtl_bayes.model import LatencyPosterior
 from hfdtl_bayes.transfer import Verdict, VerdictSettings, calibrate, usable_rows
 from hfdtl_bayes.transfer import verdict as judge
+from hfdtl_bayes.transfer.checks import JudgedSettings, known_amounts
 
 FloatArray = NDArray[np.float64]
 
@@ -82,7 +83,7 @@ def expectations_of(
     belief = planning_belief(posterior, configuration, settings, seed=seed)
     known = np.zeros(len(posterior.feature_set.coef_names))
     if measured is not None and len(measured):
-        known = feature_seconds(posterior, measured, configuration).max(axis=0)
+        known = known_amounts(feature_seconds(posterior, measured, configuration), JudgedSettings.min_rows)
     judged = JudgedBlocks.none()
     if held_out is not None and len(held_out):
         judged = JudgedBlocks.of(posterior, held_out, configuration, block_length=settings.block_length, seed=seed)

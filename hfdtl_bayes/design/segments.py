@@ -31,6 +31,7 @@ from hfdtl_bayes.errors import InputError
 from hfdtl_bayes.model import LatencyPosterior
 from hfdtl_bayes.statistics import DEFAULT_BLOCK_LENGTH
 from hfdtl_bayes.traces import time_blocks
+from hfdtl_bayes.transfer.checks import JudgedSettings, known_amounts
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
@@ -264,7 +265,7 @@ def segment_effects(
         made.append(
             SegmentEffect(
                 belief.information(design[~judges], blocks[~judges]),
-                seconds[own].max(axis=0),
+                known_amounts(seconds[own], JudgedSettings.min_rows),
                 PlannedBlocks(design[judges], blocks[judges], np.full(int(judges.sum()), segment.name, dtype=object)),
                 segment.cost_s,
             )
@@ -338,7 +339,7 @@ class Expectations:
     limits : ndarray, shape (S,)
         MAPE to stay below, if noise and drift are as in each draw.
     known_s : ndarray, shape (K,)
-        Largest time that each coefficient adds to any row at hand.
+        Most time that each coefficient adds to several rows at hand (`known_amounts`).
     judged : JudgedBlocks
         Blocks at hand that judge.
     seed : int

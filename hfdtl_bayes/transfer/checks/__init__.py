@@ -10,7 +10,7 @@ from hfdtl_bayes.transfer.checks.identity import IdentitySettings, check_identit
 from hfdtl_bayes.transfer.checks.kinship import KinshipSettings, check_kinship
 from hfdtl_bayes.transfer.checks.lack_of_fit import LackOfFitSettings, check_lack_of_fit, check_slopes
 from hfdtl_bayes.transfer.checks.more_rows import MoreRows, rows_needed
-from hfdtl_bayes.transfer.checks.reach import JUDGED, JudgedSettings, ReachSettings, check_judged, check_reach
+from hfdtl_bayes.transfer.checks.reach import JUDGED, JudgedSettings, ReachSettings, check_judged, check_reach, known_amounts
 
 __all__ = [
     "JUDGED",
@@ -40,6 +40,7 @@ __all__ = [
     "check_rmse",
     "check_slopes",
     "common_shift_detectable",
+    "known_amounts",
     "make_evidence",
     "probability_below",
     "rows_needed",
