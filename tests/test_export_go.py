@@ -269,3 +269,40 @@ def test_sample_configurations_export(roofline: LatencyPosterior) -> None:
     store = TraceStore(sample_store_path())
     made: list[ServingConfiguration] = [store.configuration(c) for c in DONORS]
     assert go_source(roofline, made).config_ids == tuple(DONORS)
+
+
+def _named(*names: str) -> FeatureSet:
+    base = feature_set("blis-blackbox")
+    made = [
+        Feature(n, Level.RESIDUAL, "1", "kv_usage *\n7 // <<DATA>>", rows(lambda f, _c: f["kv_usage"].to_numpy(float)),
+                PriorRange(-1, 1), ("kv_usage",), (i + 1) * 1e-3)
+        for i, n in enumerate(names)
+    ]  # fmt: skip
+    return FeatureSet("with\nnewline", "step_time", (*base.base, *base.residual, *made), base.noise_floor)
+
+
+@pytest.mark.slow
+def test_names_that_are_none_in_go(go: str, tmp_path: Path) -> None:
+    features = _named("range", "2nd try", "head", "\u00e9t\u00e9", "!!", "type")
+    posterior = simulated(features)
+    proven(go_source(posterior, [posterior.configuration("dense")]), tmp_path)
+
+
+def test_names_that_become_one_share_a_field_only_if_they_are_one() -> None:
+    base = feature_set("blis-blackbox")
+    first, second = (
+        Feature(
+            n,
+            Level.RESIDUAL,
+            "1",
+            n,
+            rows(lambda f, _c, s=s: s * f["kv_usage"].to_numpy(float)),
+            PriorRange(-1, 1),
+            ("kv_usage",),
+        )
+        for n, s in (("kv_use", 1.0), ("kvUse", 2.0))
+    )
+    twice = FeatureSet("twice", "step_time", (*base.base, *base.residual, first, second), base.noise_floor)
+    posterior = simulated(twice)
+    with pytest.raises(ExportError, match="have one name in Go"):
+        go_source(posterior, [posterior.configuration("dense")])

@@ -7,6 +7,7 @@ configuration's deviation beside its config features. The discrepancy, where the
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -117,14 +118,22 @@ def go_source(
     alpha = _Latency("alpha", delays, configurations, REQUEST_FIELDS, seed) if delays is not None else None
     idle = list(alpha0_s) if alpha0_s is not None else [0.0] * len(ids)
     needed = [t for n in step.locals for t in LOCALS[n][2]]
-    helpers = "".join(_template(n) for n in dict.fromkeys(_in_order(needed)))
-    if step.misfit is not None:
-        helpers += _template("discrepancy")
+    knots = len(step.misfit[0]) if step.misfit is not None else 0
+    names = [*_in_order(needed), *(["discrepancy"] if knots else [])]
+    numbers = {
+        "SHARPNESS": number(SETTINGS.sharpness),
+        "COMPUTE_EFFICIENCY": number(SETTINGS.compute_efficiency),
+        "MEMORY_EFFICIENCY": number(SETTINGS.memory_efficiency),
+        "EXPERT_EFFICIENCY": number(SETTINGS.expert_compute_efficiency),
+        "KNOTS": str(knots),
+        "LAST_KNOT": str(knots - 1),
+    }
+    helpers = "".join(_filled(_template(n), numbers) for n in names)
     replaced = {
         "VERSION": package_version(),
         "PACKAGE": package,
-        "FEATURE_SET": posterior.feature_set.name,
-        "DONORS": ", ".join(posterior.donors) or "none",
+        "FEATURE_SET": _line(posterior.feature_set.name),
+        "DONORS": _line(", ".join(posterior.donors)) or "none",
         "INPUT_HASH": posterior.input_hash,
         "CONFIGURATION_FIELDS": _configuration_fields(step, alpha),
         "PLUS_DISCREPANCY": " + discrepancy" if step.misfit is not None else "",
@@ -133,12 +142,6 @@ def go_source(
         "ALPHA_FUNCTION": alpha.function() if alpha is not None else _IDLE_FUNCTION,
         "FEATURES": "\n".join(q.feature_function() for q in (step, alpha) if q is not None),
         "HELPERS": helpers,
-        "SHARPNESS": number(SETTINGS.sharpness),
-        "COMPUTE_EFFICIENCY": number(SETTINGS.compute_efficiency),
-        "MEMORY_EFFICIENCY": number(SETTINGS.memory_efficiency),
-        "EXPERT_EFFICIENCY": number(SETTINGS.expert_compute_efficiency),
-        "KNOTS": str(len(step.misfit[0])) if step.misfit is not None else "",
-        "LAST_KNOT": str(len(step.misfit[0]) - 1) if step.misfit is not None else "",
         "DATA": _data(configurations, step, alpha, idle),
     }
     source = _filled(_template("latency"), replaced).rstrip("\n") + "\n"
@@ -186,10 +189,8 @@ def _template(name: str) -> str:
 
 
 def _filled(template: str, values: dict[str, str]) -> str:
-    # The data come last, so that nothing in them is taken for a place to fill.
-    for name, value in sorted(values.items(), key=lambda item: item[0] == "DATA"):
-        template = template.replace(f"<<{name}>>", value)
-    return template
+    """Fill the places of a template in one pass: what is filled in holds none, whatever a user's formula says."""
+    return re.sub(r"<<([A-Z_]+)>>", lambda place: values[place[1]], template)
 
 
 def _in_order(templates: Sequence[str]) -> list[str]:
@@ -222,7 +223,12 @@ class _Latency:
         self.terms = [go_term(f, configurations, fields) for f in self.features]
         self.locals = _with_their_own([n for t in self.terms for n in t.locals])
         self.constants: dict[str, tuple[str, ...]] = {}
-        for t in self.terms:
+        for f, t in zip(self.features, self.terms, strict=True):
+            same = sorted(n for n, values in t.constants.items() if self.constants.get(n, values) != values)
+            if same:
+                raise ExportError(
+                    f"feature {f.name!r} and another of {features.name!r} have one name in Go ({', '.join(same)}); rename one"
+                )
             self.constants |= t.constants
         pooled = len(self.features)
         references = features.references[:pooled]
@@ -278,7 +284,7 @@ class _Latency:
             f"// {name}Features returns, in this order:",
             "//",
         ]
-        lines += [f"//	{f.name}: {f.formula}" for f in self.features]
+        lines += [f"//	{_line(f.name)}: {_line(f.formula)}" for f in self.features]
         reads = any("s." in t.expression or "(s)" in t.expression for t in self.terms) or bool(self.locals)
         k, s = "k" if self.constants else "_", "s" if reads else "_"
         lines.append(f"func {name}Features({k} *{name}Constants, {s} {state}) [{len(self.features)}]float64 {{")
@@ -327,6 +333,11 @@ class _Latency:
                 values = ", ".join(f"{go}: {_short(frame[n].iloc[i])}" for n, go in columns.items())
                 lines.append(f"\t{{{_quoted(c.config_id)}, {state}{{{values}}}, {int(us[i])}}},\n")
         return lines
+
+
+def _line(text: str) -> str:
+    """Return text as one line, which a comment takes."""
+    return " ".join(text.split())
 
 
 def _short(value: float) -> str:

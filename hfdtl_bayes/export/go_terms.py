@@ -81,11 +81,19 @@ FIELD_TYPES = {"gemms": "[]gemm", "head": "[]gemm", "experts": "experts"}
 """Types of the constants that are no float64."""
 
 
-def camel(name: str, *, upper: bool = False) -> str:
-    """Return a snake_case name in Go's way: kv_read as kvRead."""
-    words = [w for w in "".join(c if c.isalnum() else "_" for c in name).split("_") if w]
-    joined = words[0].lower() + "".join(w[:1].upper() + w[1:] for w in words[1:])
-    return joined[0].upper() + joined[1:] if upper else joined
+_KEYWORDS = frozenset(
+    {"break", "case", "chan", "const", "continue", "default", "defer", "else", "fallthrough", "for", "func", "go"}
+    | {"goto", "if", "import", "interface", "map", "package", "range", "return", "select", "struct", "switch", "type", "var"}
+)
+"""Words that name nothing in Go."""
+
+
+def camel(name: str) -> str:
+    """Return a snake_case name as the name of a Go field: kv_read as kvRead; never a keyword, nor one of `FIELD_TYPES`."""
+    words = [w for w in "".join(c if c.isascii() and c.isalnum() else "_" for c in name).split("_") if w] or ["unnamed"]
+    joined = words[0][:1].lower() + words[0][1:] + "".join(w[:1].upper() + w[1:] for w in words[1:])
+    taken = joined in _KEYWORDS or joined in FIELD_TYPES or joined[0].isdigit()
+    return f"feature{joined[:1].upper()}{joined[1:]}" if taken else joined
 
 
 def number(value: float) -> str:
