@@ -10,7 +10,8 @@ their requests.
 
 Prints, per load and metric, medians over phases of the absolute error of the phase mean in per cent, for the run at the posterior mean (no
 noise, no drift), for the median of the ensemble, and for the run at the posterior mean in which every phase is given the speed it was
-recorded at: what the drift is to blame for. Then how many phase means lie inside the ensemble's 95 % intervals, and their widths.
+recorded at: what the drift is to blame for. Beside them what the ensemble itself expects that error to be. Then how many phase means lie
+inside the ensemble's 95 % intervals, and their widths.
 """
 
 from __future__ import annotations
@@ -107,6 +108,8 @@ def judge(store: TraceStore, target: str, donors: LatencyPosterior, draws: int, 
     keys = list(zip(result["phase"], result["metric"], strict=True))
     result["observed"] = [observed[k] for k in keys]
     result["own_speed"] = [own[k] for k in keys]
+    draws_of = [found.values(*k)[0] for k in keys]
+    result["own_error"] = [float(np.median(np.abs(v / np.median(v) - 1))) for v in draws_of]
     result["target"] = target
     omega = float(posterior.draws(configuration).omega.mean())
     print(f"{target}: omega {omega:.3f}; {drift}; unseen level {omega * drift.mean()['unseen_level']:.3f}", file=sys.stderr)
@@ -141,6 +144,8 @@ def main() -> None:
         rows["error"] = 100 * (rows[column] / rows["observed"] - 1).abs()
         table = rows.pivot_table(index="load", columns="metric", values="error", aggfunc="median")[list(METRICS)]
         print(f"median absolute error of phase means, per cent: {name}\n{table.round(1).to_markdown()}\n")
+    own = 100 * rows.pivot_table(index="load", columns="metric", values="own_error", aggfunc="median")[list(METRICS)]
+    print(f"median absolute error that the ensemble expects of its own median, per cent\n{own.round(1).to_markdown()}\n")
     rows["inside"] = (rows["observed"] >= rows["q2.5"]) & (rows["observed"] <= rows["q97.5"])
     rows["width"] = (rows["q97.5"] - rows["q2.5"]) / rows["q50"]
     for column, name in (

@@ -166,9 +166,11 @@ def _seen_in(
     from hfdtl_bayes.replay import RequestOverheads  # noqa: PLC0415  (loaded on first use)
     from hfdtl_bayes.simulation import OverheadDraws, SpeedDrift, overhead_draws, speed_drift  # noqa: PLC0415
     from hfdtl_bayes.transfer import calibration_rows_of, usable_rows  # noqa: PLC0415
+    from hfdtl_bayes.transfer.evaluation import fitted_block_length  # noqa: PLC0415
 
+    length = fitted_block_length(posterior, configuration.config_id)
     if watched is None:
-        return SpeedDrift.blocks_only(), OverheadDraws.fixed(RequestOverheads())
+        return SpeedDrift.blocks_only(length), OverheadDraws.fixed(RequestOverheads())
     fitted = [c for c in posterior.config_ids if c in watched.config_ids]
     if not fitted:
         raise InputError(
@@ -184,7 +186,7 @@ def _seen_in(
             calibrated_on = steps if name == configuration.config_id else None
         recorded.append((posterior.configuration(name), steps))
     journeys = {name: watched.requests(name).frame for name in fitted if watched.has_table(name, "api_delay")}
-    drift = speed_drift(posterior, recorded, calibrated_on=calibrated_on)
+    drift = speed_drift(posterior, recorded, calibrated_on=calibrated_on, block_length=length)
     return drift, overhead_draws(journeys, configuration.config_id, client_side=client_side, seed=seed)
 
 

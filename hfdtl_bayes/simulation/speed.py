@@ -342,31 +342,25 @@ def _block_means(
     """Return block means in units of the expected step time; None where there are too few to tell anything."""
     if frame.empty:
         return None
-    features = posterior.feature_set
     draws = posterior.draws(configuration)
-    design = features.design(frame, configuration)
-    scale = posterior.scale_s(design @ draws.mean, configuration)[:, None]
     block = time_blocks(frame, block_length)
-    inside = block < settings.most_blocks
-    block, relative, scale = (
-        block[inside],
-        (design / posterior.scale_s(design @ draws.mean, configuration)[:, None])[inside],
-        scale[inside],
-    )
+    frame, block = frame[block < settings.most_blocks], block[block < settings.most_blocks]
+    design = posterior.feature_set.design(frame, configuration)
+    scale = posterior.scale_s(design @ draws.mean, configuration)
     steps = np.bincount(block).astype(float)
 
     def means(values: FloatArray) -> FloatArray:
         return np.asarray(np.bincount(block, values) / steps)
 
-    columns = np.column_stack([means(relative[:, k]) for k in range(relative.shape[1])])
+    columns = np.column_stack([means(column / scale) for column in design.T])
     # Directions that these blocks span, for some features are multiples of each other here.
     left, size, _ = np.linalg.svd(columns, full_matrices=False)
     basis = left[:, size > 1e-6 * size.max()]
     if len(steps) < 2 * basis.shape[1] + 2:
         return None
-    observed = means(frame["step_time_s"].to_numpy(dtype=float)[inside] / scale[:, 0])
+    observed = means(frame["step_time_s"].to_numpy(dtype=float) / scale)
     noise = float(np.mean(draws.sigma**2) / max(float(np.mean(draws.omega**2)), 1e-12))
-    return _Blocks(means(step_clock(frame)[inside]), observed, basis, steps, noise / steps)
+    return _Blocks(means(step_clock(frame)), observed, basis, steps, noise / steps)
 
 
 def _unseen_level(frame: pd.DataFrame, points: Sequence[tuple[float, float, float, float]], block_length: int) -> FloatArray:
