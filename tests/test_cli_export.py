@@ -228,6 +228,22 @@ def test_compare_posterior_card_vectors_ensemble_and_shipped(card: Path, tmp_pat
     assert ran["calibrated_on_these_rows"] == []
 
 
+def test_two_calibrations_are_judged_on_rows_neither_has_seen(tmp_path: Path):
+    copy = tmp_path / "copy.nc"
+    copy.write_bytes(chain().target.read_bytes())
+    ran = done("compare", chain().target, copy, "--store", STORE, "--json").json
+    assert ran["calibrated_on_these_rows"] == []
+    assert {m["moved_sds"] for m in ran["moves"]} == {0.0}
+    errors = pd.DataFrame(ran["errors"]).set_index(["set", "regime"])
+    pd.testing.assert_frame_equal(errors.loc[str(copy)], errors.loc[str(chain().target)])
+
+
+def test_donors_are_judged_on_rows_they_know_and_that_is_said():
+    ran = done("compare", chain().donors, "shipped", "--store", STORE, "--config", DONORS[0], "--json")
+    assert ran.json["calibrated_on_these_rows"] == [str(chain().donors)]
+    assert "a donor is fitted to all of its rows" in ran.err
+
+
 def test_compare_finds_what_a_calibration_moved():
     ran = done(
         "compare", chain().donors, chain().target, "--store", STORE, "--config", TARGET, "--regimes", "load0.85", "--json"

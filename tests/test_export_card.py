@@ -347,6 +347,8 @@ def test_a_fleet_that_fails_leaves_the_one_before(tmp_path: Path) -> None:
         write_fleet(tmp_path / "f", "blis-yaml", ".yaml", {"a": "2\n", "b": "\ud800"}, {})
     assert sorted(p.name for p in tmp_path.iterdir()) == ["f"]
     assert (tmp_path / "f" / "a.yaml").read_text() == "1\n"
+    with pytest.raises(InputError, match=r"would be called index\.json"):
+        write_fleet(tmp_path / "f", "json", ".json", {"index": "{}"}, {})
     write_fleet(tmp_path / "f", "blis-yaml", ".yaml", {"b": "2\n"}, {"a": "why"})
     assert sorted(p.name for p in (tmp_path / "f").iterdir()) == ["b.yaml", "index.json"]
 

@@ -86,6 +86,7 @@ def _unseen(frame: pd.DataFrame, sets: list[CoefficientSet], config_id: str) -> 
     from hfdtl_bayes.transfer import held_out_rows  # noqa: PLC0415  (loaded on first use)
 
     seen = []
+    unseen = frame
     for s in sets:
         if s.posterior is None or config_id not in s.posterior.config_ids:
             continue
@@ -93,8 +94,8 @@ def _unseen(frame: pd.DataFrame, sets: list[CoefficientSet], config_id: str) -> 
             if s.posterior.target != config_id:
                 raise InputError("a donor is fitted to all of its rows")
             _, rows = held_out_rows(s.posterior, frame)
-            frame = frame[frame.index.isin(rows.index)]
+            unseen = unseen[unseen.index.isin(rows.index)]
         except InputError as error:
             seen.append(s.name)
             say(f"{s.name} is judged on rows it was fitted to: {error}")
-    return frame, seen
+    return unseen, seen

@@ -187,7 +187,10 @@ def export(
     warn_unless_converged(posterior.convergence())
     watched = WatchedStore(store) if store is not None else None
     tables: list[TraceTable | StepReport] = watched.tables if watched is not None else []
-    job = _Job(posterior, LatencyPosterior.load(delays) if delays else None, BACKENDS[backend], settings, draws, seed, watched)
+    own_delays = LatencyPosterior.load(delays) if delays is not None else None
+    if own_delays is not None:
+        warn_unless_converged(own_delays.convergence())
+    job = _Job(posterior, own_delays, BACKENDS[backend], settings, draws, seed, watched)
     chosen = _chosen(posterior, config, configuration, configurations)
     every = [_prepared(c, watched, traffic, tables, _alphas(alpha, backend), may_lack=fleet) for c in chosen]
     result: dict[str, Any] = {"format": str(format), "out": out, "seed": seed}

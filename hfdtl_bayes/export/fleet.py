@@ -37,9 +37,12 @@ def write_fleet(
     Raises
     ------
     InputError
-        If the folder exists and holds anything but a fleet, which this would delete.
+        If the folder exists and holds anything but a fleet, which this would delete; if a file would be called as the index.
     """
     folder = Path(folder)
+    taken = [c for c in texts if f"{c}{suffix}".lower() == INDEX]
+    if taken:
+        raise InputError(f"the file of configuration {taken[0]!r} would be called {INDEX}, as the index is; export it alone")
     if folder.exists() and any(folder.iterdir()) and not (folder / INDEX).is_file():
         raise InputError(f"{folder} exists and is no export of a fleet, whose place it would take; choose another --out")
     with atomic_folder(folder) as part:
