@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import numpy as np
 import pandas as pd
 import pytest
@@ -256,7 +257,6 @@ def test_text_that_is_no_card_is_refused(card: CoefficientCard, tmp_path: Path) 
 def test_the_schema_is_one(card: CoefficientCard) -> None:
     schema = card_schema()
     assert schema["$schema"].startswith("https://json-schema.org/draft/2020-12")
-    jsonschema = pytest.importorskip("jsonschema")
     jsonschema.Draft202012Validator.check_schema(schema)
     jsonschema.Draft202012Validator(schema).validate(json.loads(card.text()))
 
