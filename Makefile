@@ -57,6 +57,8 @@ typecheck: $(VENV)/.installed-lint
 bench: $(VENV)/.installed-bench
 	$(BIN)/python benchmarks/transfer.py $(SHARED)/gpu_steps $(SHARED)/vllm_cpu
 	$(BIN)/python benchmarks/interval_coverage.py $(SHARED)/vllm_cpu $(SHARED)/gpu_steps
+	$(BIN)/python benchmarks/closed_loop.py $(SHARED)/gpu_steps --seeds 3
+	$(BIN)/python benchmarks/end_to_end.py $(SHARED)/vllm_cpu --draws 200
 	$(BIN)/python benchmarks/inference.py $(SHARED)/gpu_steps --rows-per-donor 2000 --draws-factor 0.5 --limit 600
 
 clean:
