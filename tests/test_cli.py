@@ -27,7 +27,7 @@ from hfdtl_bayes.model import LatencyPosterior, SamplerSettings
 from hfdtl_bayes.sample import DONORS, TARGET
 from hfdtl_bayes.statistics import DEFAULT_ROWS_PER_CONFIG
 from hfdtl_bayes.traces import TraceStore, drop_warmup
-from hfdtl_bayes.transfer import VerdictSettings, select_rows
+from hfdtl_bayes.transfer import VerdictSettings, rows_with_ids
 
 NEW_OBSERVATION = ["mean_s", "sd_s", "q2.5_s", "q50_s", "q97.5_s"]
 EXPECTED_VALUE = ["sd_mean_s", "q2.5_mean_s", "q50_mean_s", "q97.5_mean_s"]
@@ -105,7 +105,7 @@ def test_rows_of_a_selection_file_are_used(tmp_path: Path):
     )
     assert calibrated.json["rows"][TARGET] == len(wanted)
     kept = LatencyPosterior.load(tmp_path / "t.nc").calibration_rows
-    np.testing.assert_array_equal(kept, select_rows(frame, wanted).index)
+    np.testing.assert_array_equal(kept, rows_with_ids(frame, wanted).index)
 
 
 def test_rejected_rows_are_counted_and_written_beside_the_posterior(tmp_path: Path):

@@ -26,7 +26,7 @@ from hfdtl_bayes.transfer import (
     fit_donors,
     held_out_rows,
     population_conflict,
-    select_rows,
+    rows_with_ids,
     usable_rows,
     verdict,
 )
@@ -98,9 +98,9 @@ def test_an_unknown_engine_is_refused(store: TraceStore) -> None:
 
 def test_selected_rows_must_exist(frame: pd.DataFrame) -> None:
     ids = frame["step_id"].to_numpy()[:3]
-    pd.testing.assert_frame_equal(select_rows(frame, ids[::-1]), frame.iloc[:3])
+    pd.testing.assert_frame_equal(rows_with_ids(frame, ids[::-1]), frame.iloc[:3])
     with pytest.raises(InputError, match="1 of 2 selected"):
-        select_rows(frame, [ids[0], 10**9])
+        rows_with_ids(frame, [ids[0], 10**9])
 
 
 # --- held-out rows -----------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from hfdtl_bayes.configuration import ServingConfiguration, read_configuration
 from hfdtl_bayes.errors import InputError
 from hfdtl_bayes.model import LatencyPosterior
 from hfdtl_bayes.traces import StepReport, TraceStore, TraceTable, read_table, split_by_regime
-from hfdtl_bayes.transfer import select_rows
+from hfdtl_bayes.transfer import rows_with_ids
 
 
 class WatchedStore(TraceStore):
@@ -120,7 +120,7 @@ def calibration_rows(
         if wanted.empty or wanted.isna().any():
             raise InputError(f"{selection}: column {key!r} is empty or has empty cells; give one {key} per line")
         if key == "step_id":
-            frame = select_rows(frame, _whole_numbers(wanted, selection))
+            frame = rows_with_ids(frame, _whole_numbers(wanted, selection))
         else:
             names = set(wanted.astype(str))
             absent = sorted(names - set(frame[key].astype(str)))

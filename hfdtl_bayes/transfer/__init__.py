@@ -13,7 +13,7 @@ from hfdtl_bayes.transfer.calibration import (
     fit_donors,
     held_out_rows,
     read_trace,
-    select_rows,
+    rows_with_ids,
     usable_rows,
 )
 from hfdtl_bayes.transfer.checks import Check, Status
@@ -108,9 +108,9 @@ __all__ = [
     "read_trace",
     "ridge_cv",
     "row_log_density",
+    "rows_with_ids",
     "score_delays",
     "scratch_coefficients",
-    "select_rows",
     "usable_rows",
     "variance_sources",
     "verdict",

@@ -356,7 +356,7 @@ def _require_unchanged(posterior: LatencyPosterior, rows: pd.DataFrame) -> None:
         )
 
 
-def select_rows(frame: pd.DataFrame, step_ids: Sequence[int] | np.ndarray) -> pd.DataFrame:
+def rows_with_ids(frame: pd.DataFrame, step_ids: Sequence[int] | np.ndarray) -> pd.DataFrame:
     """Return the rows with the given step ids, in the frame's order.
 
     Raises
