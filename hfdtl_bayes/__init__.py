@@ -1,7 +1,8 @@
 """Bayesian transfer of LLM serving latency models: from vLLM traces to BLIS coefficients with error bars.
 
 The verbs of the command line under their Python names: `fit_donors`, `calibrate`, `LatencyPosterior.predict`, `verdict`,
-`blis_vectors` (export), `simulate`, `run_demo`. Names load on first use, so that importing the package costs nothing.
+`blis_vectors` (export), `simulate`, `select_rows`, `plan_traffic`, `run_demo`. Names load on first use, so that importing the
+package costs nothing.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from hfdtl_bayes.cli.demo import run_demo
     from hfdtl_bayes.configuration import ServingConfiguration, configuration_from_huggingface, gpu, read_configuration
+    from hfdtl_bayes.design import Acquisition, ClosedLoop, Selection, TrafficGrid, TrafficPlan, plan_traffic, select_rows
     from hfdtl_bayes.errors import HfdtlError, RejectedRowsWarning
     from hfdtl_bayes.export import blis_ensemble, blis_flags, blis_vectors, blis_yaml, coefficient_card, go_source
     from hfdtl_bayes.features import Feature, FeatureSet, feature_set, operating_points, register_candidate, register_feature_set
@@ -51,6 +53,8 @@ __version__: str
 
 # Where each public name lives; kept equal to the imports above by a test.
 _HOME = {
+    "Acquisition": "design",
+    "ClosedLoop": "design",
     "CrossValidationSettings": "transfer",
     "Feature": "features",
     "FeatureSet": "features",
@@ -59,8 +63,11 @@ _HOME = {
     "PriorSettings": "model",
     "RejectedRowsWarning": "errors",
     "SamplerSettings": "model",
+    "Selection": "design",
     "ServingConfiguration": "configuration",
     "TraceStore": "traces",
+    "TrafficGrid": "design",
+    "TrafficPlan": "design",
     "VerdictSettings": "transfer",
     "Workload": "simulation",
     "blis_ensemble": "export",
@@ -84,6 +91,7 @@ _HOME = {
     "ingest": "traces.readers",
     "operating_points": "features",
     "overhead_draws": "simulation",
+    "plan_traffic": "design",
     "prior_predictive": "model",
     "promote": "transfer",
     "rank_donors": "transfer",
@@ -95,6 +103,7 @@ _HOME = {
     "register_feature_set": "features",
     "run_demo": "cli.demo",
     "sample_store_path": "sample",
+    "select_rows": "design",
     "sensitivity": "model",
     "simulate": "simulation",
     "speed_drift": "simulation",
@@ -106,6 +115,8 @@ _HOME = {
 }
 
 __all__ = [
+    "Acquisition",
+    "ClosedLoop",
     "CrossValidationSettings",
     "Feature",
     "FeatureSet",
@@ -114,8 +125,11 @@ __all__ = [
     "PriorSettings",
     "RejectedRowsWarning",
     "SamplerSettings",
+    "Selection",
     "ServingConfiguration",
     "TraceStore",
+    "TrafficGrid",
+    "TrafficPlan",
     "VerdictSettings",
     "Workload",
     "__version__",
@@ -140,6 +154,7 @@ __all__ = [
     "ingest",
     "operating_points",
     "overhead_draws",
+    "plan_traffic",
     "prior_predictive",
     "promote",
     "rank_donors",
@@ -151,6 +166,7 @@ __all__ = [
     "register_feature_set",
     "run_demo",
     "sample_store_path",
+    "select_rows",
     "sensitivity",
     "simulate",
     "speed_drift",
