@@ -42,7 +42,8 @@ def noise_free_coefficients(design: FloatArray, observed_us: FloatArray) -> Nois
     Returns
     -------
     NoiseFree or None
-        None if times are not whole microseconds, no coefficients give them all, or the compositions do not tell all coefficients apart.
+        None if times are not whole microseconds, no coefficients give them all, the compositions do not tell all coefficients apart, or
+        those that give them all differ by no more than rounding.
     """
     whole = np.rint(observed_us)
     if not (np.abs(observed_us - whole) < _WHOLE).all():
@@ -72,4 +73,7 @@ def noise_free_coefficients(design: FloatArray, observed_us: FloatArray) -> Nois
             bounds[side, k] = edge.x[k]
             inside.append(edge.x)
     # The mean of the deepest point and the extremes, of which there may be many as deep: inside, because the polytope is convex.
-    return NoiseFree(np.mean(inside, axis=0) / size, bounds[0] / size, bounds[1] / size)
+    centre = np.mean(inside, axis=0) / size
+    if not (np.trunc(design @ centre) == whole).all():
+        return None  # thinner than rounding: times that were whole before they were cut
+    return NoiseFree(centre, bounds[0] / size, bounds[1] / size)
