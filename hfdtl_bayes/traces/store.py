@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -14,6 +12,7 @@ import pyarrow.parquet as pq
 
 from hfdtl_bayes.configuration import ServingConfiguration, read_configuration, write_configuration
 from hfdtl_bayes.errors import InputError, MissingInputError, UnknownNameError
+from hfdtl_bayes.files import atomic_folder
 from hfdtl_bayes.traces.batches import StepReport
 from hfdtl_bayes.traces.parts import part_files, refuse_empty, unreadable
 from hfdtl_bayes.traces.table import TraceTable
@@ -194,45 +193,21 @@ def write_store(
     InputError
         If the configuration is already there, or a table cannot be stored as Parquet: nothing is written.
     """
-    store = Path(path)
-    store.mkdir(parents=True, exist_ok=True)
-    target = store / configuration.config_id
+    target = Path(path) / configuration.config_id
     held = sorted(p.name for p in target.iterdir()) if target.is_dir() else []
     if target.exists() and not overwrite and held != ["configuration.yaml"]:
         raise InputError(f"{target} exists already; choose another config_id or remove it first")
-    temporary = Path(tempfile.mkdtemp(dir=store, prefix=".part-"))
-    try:
-        write_configuration(configuration, temporary / "configuration.yaml")
+    with atomic_folder(target) as part:
+        write_configuration(configuration, part / "configuration.yaml")
         for name, table in (("steps", steps), ("requests", requests)):
             if table is not None:
-                _write_parquet(table, temporary / f"{name}.parquet", target)
+                _write_parquet(table, part / f"{name}.parquet", target)
         for name, content in (more or {}).items():
             if isinstance(content, str):
-                (temporary / name).write_text(content, encoding="utf-8")
+                (part / name).write_text(content, encoding="utf-8")
             else:
-                _write_parquet(content, temporary / name, target)
-        temporary.chmod(0o755)  # mkdtemp makes it private
-        _take_place(temporary, target)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+                _write_parquet(content, part / name, target)
     return target
-
-
-def _take_place(new: Path, target: Path) -> None:
-    """Put a folder in the place of another, which is put back if that fails."""
-    if not target.exists():
-        new.replace(target)
-        return
-    old = Path(tempfile.mkdtemp(dir=target.parent, prefix=".old-")) / target.name
-    target.replace(old)
-    try:
-        new.replace(target)
-    except BaseException:
-        old.replace(target)
-        raise
-    finally:
-        shutil.rmtree(old.parent, ignore_errors=True)
 
 
 def _write_parquet(table: pd.DataFrame, path: Path, target: Path) -> None:
