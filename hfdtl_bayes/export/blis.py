@@ -171,6 +171,11 @@ class Projector:
         """Terms that are not zero in every batch, shape (J,): the others (communication at tp = 1) are not informed, nor exported."""
         return np.asarray((np.abs(self.grid) > 0).any(axis=0) | (np.abs(self.design) > 0).any(axis=0))
 
+    @cached_property
+    def expected_sd(self) -> FloatArray:
+        """Posterior sd of the expected time of each batch, seconds, shape (n,); the same whichever draw is expressed."""
+        return np.asarray(np.sqrt(np.maximum(np.einsum("ij,jk,ik->i", self.own, self.covariance, self.own), 0.0)))
+
     def vectors(
         self, theta: FloatArray, alpha_us: tuple[float, float, float] = (0.0, 0.0, 0.0), *, floor: bool = False
     ) -> BlisVectors:
@@ -199,7 +204,6 @@ class Projector:
         target = np.maximum(mean, least)
         coefficients, free = self._project(theta, target, least)
         difference = np.abs(self.design @ coefficients / target - 1)
-        sd = np.sqrt(np.maximum(np.einsum("ij,jk,ik->i", self.own, self.covariance, self.own), 0.0))
         zeroed = {n for n, f, w in zip(self.backend.basis.coef_names, free, coefficients, strict=True) if f < 0 and w <= 0}
         length = self.backend.length(self.configuration)
         return BlisVectors(
@@ -210,7 +214,7 @@ class Projector:
             worst_projection_error=float(difference.max()),
             clipped=tuple(n for n in self.backend.beta if self.backend.feature_of[n] in zeroed),
             rows=len(mean),
-            posterior_sd=float((sd / target).mean()),
+            posterior_sd=float((self.expected_sd / target).mean()),
             notes=_notes(self.configuration, self.backend),
             not_told_apart=tuple(n for n in self.backend.beta[:length] if n in self.not_told_apart),
             backend=self.backend,

@@ -25,7 +25,7 @@ from hfdtl_bayes.export.card import CoefficientCard, read_card
 from hfdtl_bayes.export.ensemble import MANIFEST, StoredEnsemble, blis_ensemble, read_ensemble
 from hfdtl_bayes.export.files import FileVectors, parse_blis_file
 from hfdtl_bayes.export.older_backends import BACKENDS
-from hfdtl_bayes.export.step_time import blis_step_time_us
+from hfdtl_bayes.export.step_time import blis_step_time_us, truncated_us
 from hfdtl_bayes.export.vectors import BETA_LABELS, FEATURE_OF_BETA, IN_MICROSECONDS, MICRO, TRAINED_PHYSICS, Backend
 from hfdtl_bayes.features import feature_set
 from hfdtl_bayes.model import LatencyPosterior
@@ -242,9 +242,7 @@ def backend_step_time_us(
     for label, value in zip(backend.beta, beta, strict=True):
         feature = basis[backend.feature_of[label]]
         total = total + float(value) * np.asarray(feature.compute(frame, configuration), dtype=float)
-    if not (np.abs(total) < 2.0**63).all():
-        raise InputError(f"a step time of {np.max(np.abs(total)):.3g} us does not fit 64 bits; check the coefficients' units")
-    return np.maximum(1, np.trunc(total)).astype(np.int64)
+    return truncated_us(total)
 
 
 def folded(beta: Sequence[float] | FloatArray, configuration: ServingConfiguration) -> FloatArray:
@@ -339,7 +337,7 @@ def compare_coefficients(
             )
     own = {s.name: s.own(configuration) for s in sets}
     betas = {s.name: s.betas(frame, configuration) for s in sets}
-    reference = next((n for n in names if own[n] is not None or (betas[n] is not None and _has_sd(betas[n]))), names[0])
+    reference = next((n for n in names if own[n] is not None or _has_sd(betas[n])), names[0])
     told = _told_apart(frame, configuration)
     moves = []
     for name in names:

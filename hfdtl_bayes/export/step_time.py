@@ -51,6 +51,17 @@ def blis_step_time_us(beta: Sequence[float], frame: pd.DataFrame, configuration:
         feature = basis[FEATURE_OF_BETA[label]]
         column = np.asarray(feature.compute(frame, configuration), dtype=float)
         total = total + by_label[label] * (column * MICRO if feature.unit == "s" else column)
-    if not (np.abs(total) < 2.0**63).all():
-        raise InputError(f"a step time of {np.max(np.abs(total)):.3g} us does not fit 64 bits; check the coefficients' units")
-    return np.maximum(1, np.trunc(total)).astype(np.int64)
+    return truncated_us(total)
+
+
+def truncated_us(total_us: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Return step times as BLIS keeps them, shape (n,): whole microseconds, at least 1.
+
+    Raises
+    ------
+    InputError
+        If one does not fit 64 bits.
+    """
+    if not (np.abs(total_us) < 2.0**63).all():
+        raise InputError(f"a step time of {np.max(np.abs(total_us)):.3g} us does not fit 64 bits; check the coefficients' units")
+    return np.maximum(1, np.trunc(total_us)).astype(np.int64)

@@ -23,6 +23,7 @@ from hfdtl_bayes.errors import InputError, MissingInputError
 from hfdtl_bayes.export import ExportSettings, blis_hardware_config
 from hfdtl_bayes.export.blis import Projector
 from hfdtl_bayes.export.vectors import BlisVectors, check_vectors
+from hfdtl_bayes.features import operating_points
 from hfdtl_bayes.model import LatencyPosterior
 from hfdtl_bayes.replay import ReplaySettings, RequestOverheads, Requests, Traffic, generate_requests, replay, step_time_function
 from hfdtl_bayes.simulation.blis_files import huggingface_config, replayed_requests, run_requests, short_name, write_trace_v2
@@ -297,18 +298,13 @@ def simulate_with_blis(
         jobs = blis.jobs or os.cpu_count() or 1
         with ThreadPoolExecutor(jobs) as pool:
             rows, failed = collect(engine, plans, pool.map, on_member)
-    seconds = coefficient_seconds(posterior, configuration, projector_frame(steps, configuration), plans, seed)
+    # Without a reference run, over all batches that the engine can run.
+    batches = steps if len(steps) else operating_points(configuration)
+    seconds = coefficient_seconds(posterior, configuration, batches, plans, seed)
     said = f"BLIS workload {workload.name}" if isinstance(workload, Path) else str(workload)
     return Simulation(
         configuration.config_id, "blis", said, settings, rows, {}, seconds, steps, drift, posterior.feature_set, failed, seed
     )  # fmt: skip
-
-
-def projector_frame(steps: pd.DataFrame, configuration: ServingConfiguration) -> pd.DataFrame:
-    """Return the batches a simulation stands for: those of the reference run, or without one all that the engine can run."""
-    from hfdtl_bayes.features import operating_points  # noqa: PLC0415  (only without a reference)
-
-    return steps if len(steps) else operating_points(configuration)
 
 
 def _reference(

@@ -362,7 +362,7 @@ def simulate(
     expected = step_time_function(posterior, configuration, seed=seed)
 
     def with_overheads(own: RequestOverheads) -> ReplaySettings:
-        return ReplaySettings(base.block_tokens, base.reserved_blocks, base.reserve_whole_prompt, base.whole_microseconds, own)
+        return replace(base, overheads=own)
 
     def at_the_mean(part: Requests | Traffic) -> pd.DataFrame:
         run = replay(part, configuration, expected, seed=seed, settings=with_overheads(overheads.mean()))
