@@ -141,12 +141,12 @@ class ClosedLoop:
         self.verdict: Verdict | None = None
         self.parts: list[str] = []
         self.calibration, self.held_out = pd.DataFrame(), pd.DataFrame()
-        self._next_step, self._rows, self._current = 0, 0, True
+        self._next_step, self._current = 0, True
 
     @property
     def rows(self) -> int:
         """Number of usable rows taken in."""
-        return self._rows
+        return len(self.calibration) + len(self.held_out)
 
     @property
     def accepted(self) -> bool:
@@ -156,7 +156,7 @@ class ClosedLoop:
     @property
     def measured(self) -> pd.DataFrame:
         """All rows taken in."""
-        return pd.concat([self.calibration, self.held_out]) if self._rows else pd.DataFrame()
+        return pd.concat([self.calibration, self.held_out]) if self.rows else pd.DataFrame()
 
     def take(self, steps: pd.DataFrame, label: str) -> Verdict | None:
         """Add a part, calibrate and judge; returns the verdict, None while there are too few rows for one.
@@ -188,8 +188,7 @@ class ClosedLoop:
         length = self.settings.block_length
         own["step_id"] = own["step_id"] - own["step_id"].iloc[0] // length * length + self._next_step
         self._next_step = int(own["step_id"].iloc[-1]) // length * length + length
-        own.index = pd.RangeIndex(self._rows, self._rows + len(own))
-        self._rows += len(own)
+        own.index = pd.RangeIndex(self.rows, self.rows + len(own))
         judges = judging_rows(own, self.settings)
         self.calibration = pd.concat([self.calibration, own[~judges]])
         self.held_out = pd.concat([self.held_out, own[judges]])

@@ -12,7 +12,7 @@ Rows within `TIE` of the best are as good, and the earliest of them is taken: ro
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,6 +27,7 @@ from hfdtl_bayes.design.acquisition import (
 )
 from hfdtl_bayes.design.belief import Belief
 from hfdtl_bayes.design.candidates import Candidates
+from hfdtl_bayes.errors import InputError
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
@@ -35,8 +36,28 @@ BoolArray = NDArray[np.bool_]
 TIE = 1e-9
 """Relative difference of gains that is none."""
 
+MEAN_ABSOLUTE = float(np.sqrt(2.0 / np.pi))
+"""Mean absolute value of a standard normal: what a relative sd is worth in MAPE."""
+
 _LOOKED_AT = 256
 """Rows evaluated at once where bounds decide which: the cost of a few is that of one."""
+
+
+def mix_weights(weights: Sequence[float] | FloatArray | None, rows: int) -> FloatArray:
+    """Return the weights of a deployment mix's rows, shape (rows,), equal by default.
+
+    Raises
+    ------
+    InputError
+        If there are not as many as rows, one is negative or not finite, or all are 0.
+    """
+    given = np.ones(rows) if weights is None else np.asarray(weights, dtype=float)
+    if given.shape != (rows,) or not (np.isfinite(given) & (given >= 0)).all() or not given.sum() > 0:
+        raise InputError(
+            f"the deployment mix has {rows} rows and needs as many weights of 0 or more, not all 0; found shape {given.shape}, from "
+            f"{given.min() if given.size else 'nothing'}"
+        )
+    return given
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,11 +72,14 @@ class DeploymentMix:
         Rows that stand for it one by one; as of `Candidates`.
     weights : ndarray, shape (J,)
         Of those, adding up to one.
+    rows : ndarray of int, shape (J,)
+        Which rows of the mix they are.
     """
 
     moments: FloatArray
     design: FloatArray
     weights: FloatArray
+    rows: IntArray
 
     @classmethod
     def of(cls, design: FloatArray, weights: FloatArray, most: int) -> DeploymentMix:
@@ -63,10 +87,10 @@ class DeploymentMix:
         weights = weights / weights.sum()
         moments = np.asarray(design.T @ (weights[:, None] * design))
         if len(design) <= most:
-            return cls(moments, design, weights)
+            return cls(moments, design, weights, np.arange(len(design)))
         places = (np.arange(most) + 0.5) / most
         at = np.minimum(np.searchsorted(np.cumsum(weights), places), len(design) - 1)
-        return cls(moments, design[at], np.full(most, 1.0 / most))
+        return cls(moments, design[at], np.full(most, 1.0 / most), at)
 
     def mean_square(self, covariance: FloatArray) -> float:
         """Return the mean relative variance of the expected value, over the mix and draws."""

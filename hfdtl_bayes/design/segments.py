@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from hfdtl_bayes.configuration import ServingConfiguration
 from hfdtl_bayes.design.belief import DEFAULT_DRAWS, Belief, belief_of
 from hfdtl_bayes.design.candidates import MISFIT_KNOTS, misfit_columns, relative_design
-from hfdtl_bayes.design.greedy import DeploymentMix
+from hfdtl_bayes.design.greedy import MEAN_ABSOLUTE, DeploymentMix, mix_weights
 from hfdtl_bayes.design.stopping import AcceptanceSettings, JudgedBlocks, PlannedBlocks, simulated_probabilities
 from hfdtl_bayes.errors import InputError
 from hfdtl_bayes.model import LatencyPosterior
@@ -35,9 +35,6 @@ from hfdtl_bayes.transfer.checks import JudgedSettings, known_amounts
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
-
-MEAN_ABSOLUTE = float(np.sqrt(2.0 / np.pi))
-"""Mean absolute value of a standard normal."""
 
 EMPTY = "there is no traffic to choose from; give a grid with at least one rate or concurrency, prompt, output and duration"
 
@@ -190,17 +187,9 @@ def deployment_aim(
         If it is empty, the features do not describe a row, or the weights do not fit.
     """
     design = _design(posterior, frame, configuration, belief, "the deployment mix")
-    given = np.ones(len(frame)) if weights is None else np.asarray(weights, dtype=float)
-    if given.shape != (len(frame),) or not (np.isfinite(given) & (given >= 0)).all() or not given.sum() > 0:
-        raise InputError(
-            f"the deployment mix has {len(frame)} rows and needs as many weights of 0 or more, not all 0; found shape {given.shape}"
-        )
-    mix = DeploymentMix.of(design, given, settings.mix_rows)
-    # The rows that stand for it one by one carry the time of the mix, too: evenly spaced in weight.
-    at = np.minimum(
-        np.searchsorted(np.cumsum(given / given.sum()), (np.arange(len(mix.design)) + 0.5) / len(mix.design)), len(frame) - 1
-    )
-    chosen = frame if len(mix.design) == len(frame) else frame.iloc[at]
+    mix = DeploymentMix.of(design, mix_weights(weights, len(frame)), settings.mix_rows)
+    # The rows that stand for it one by one carry the time of the mix, too.
+    chosen = frame.iloc[mix.rows]
     seconds = feature_seconds(posterior, chosen, configuration)
     total = float(np.abs(posterior.expected_s(chosen, configuration)) @ mix.weights)
     return DeploymentAim(mix, seconds, mix.weights, total)

@@ -15,7 +15,7 @@ from hfdtl_bayes.configuration import ServingConfiguration
 from hfdtl_bayes.design.acquisition import Acquisition
 from hfdtl_bayes.design.belief import Belief, belief_of
 from hfdtl_bayes.design.candidates import BIN_COLUMNS, Candidates, candidates_of, coverage_bins, misfit_columns, relative_design
-from hfdtl_bayes.design.greedy import DeploymentMix, Rules, choose, unmet
+from hfdtl_bayes.design.greedy import MEAN_ABSOLUTE, DeploymentMix, Rules, choose, mix_weights, unmet
 from hfdtl_bayes.errors import InputError, UnknownNameError
 from hfdtl_bayes.features import response
 from hfdtl_bayes.files import atomic
@@ -23,9 +23,6 @@ from hfdtl_bayes.model import LatencyPosterior
 from hfdtl_bayes.statistics import DEFAULT_BLOCK_LENGTH
 
 FloatArray = NDArray[np.float64]
-
-_MEAN_ABSOLUTE = float(np.sqrt(2.0 / np.pi))
-"""Mean absolute value of a standard normal."""
 
 _NOTHING = 1e-12
 """Share of the largest information below which a direction is one that no row has anything of: rounding."""
@@ -234,7 +231,7 @@ def select_rows(
     key = _key(posterior)
     wanted = pool if deployment is None else deployment
     belief, candidates, mix_design = believed(posterior, pool, configuration, wanted, cost=cost, settings=settings, seed=seed)
-    mix = DeploymentMix.of(mix_design, _weights(weights, len(wanted)), settings.mix_rows)
+    mix = DeploymentMix.of(mix_design, mix_weights(weights, len(wanted)), settings.mix_rows)
     pool_sd, unreachable = _reach(belief, candidates, mix, settings)
     rules = _rules(candidates, pool, rule, budget, budget_s, settings, per_second=per_second, lazy=lazy)
     residuals = _residuals(posterior, pool, configuration) if rule is Acquisition.RESIDUAL else None
@@ -250,8 +247,8 @@ def select_rows(
         path.gains if nats else -np.diff(root),
         "nats" if nats else "relative sd",
         root,
-        _MEAN_ABSOLUTE * path.sds @ mix.weights,
-        _MEAN_ABSOLUTE * np.median(path.sds, axis=1),
+        MEAN_ABSOLUTE * path.sds @ mix.weights,
+        MEAN_ABSOLUTE * np.median(path.sds, axis=1),
         candidates.cost_s[path.rows],
         pool_sd,
         unreachable,
@@ -313,17 +310,6 @@ def _check_budget(
         raise InputError(
             "rows of each bin can be promised within a number of rows only; give budget beside budget_s, or per_bin 0"
         )
-
-
-def _weights(weights: Sequence[float] | FloatArray | None, rows: int) -> FloatArray:
-    """Return the weights of the deployment mix's rows, checked."""
-    given = np.ones(rows) if weights is None else np.asarray(weights, dtype=float)
-    if given.shape != (rows,) or not (np.isfinite(given) & (given >= 0)).all() or not given.sum() > 0:
-        raise InputError(
-            f"the deployment mix has {rows} rows and needs as many weights of 0 or more, not all 0; found shape {given.shape}, from "
-            f"{given.min() if given.size else 'nothing'}"
-        )
-    return given
 
 
 def _reach(belief: Belief, candidates: Candidates, mix: DeploymentMix, settings: SelectionSettings) -> tuple[float, float]:
